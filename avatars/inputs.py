@@ -1,0 +1,71 @@
+"""The pictures that identify a person, with everything that is known about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from avatars.cameras import Cameras
+
+__all__ = ["InputSet"]
+
+
+@dataclass
+class InputSet:
+    """N pictures of one person, each from its own timestep, in the person's head frame.
+
+    Attributes:
+        images: (N, 3, H, W) float sRGB in [0, 1], background removed (black) where masks are known.
+        masks: (N, 1, H, W) foreground coverage in [0, 1].
+        cameras: N cameras in the head frame, metres.
+        positions: (N, 3, H, W) position maps in the head frame, metres, or None without a position prior.
+        confidence: (N, 1, H, W) trust in `positions`, in DUSt3R's raw space (>= 1, where 1 is no trust), or None.
+        features: (N, D, h, w) semantic features per patch, or None without a feature prior.
+        expressions: (N, E) expression code of each picture.
+        expression_kind: what the codes mean: "arkit-52", "ava-256" or "flame-135".
+        subject: name of the person in the capture.
+        head: name of the parametric head that tracked the capture, or None.
+        identity: (I,) identity code of that head, or None.
+        provenance: where the pictures come from (timesteps, camera ids, dataset); travels into exports.
+    """
+
+    images: Tensor
+    masks: Tensor
+    cameras: Cameras
+    positions: Tensor | None
+    confidence: Tensor | None
+    features: Tensor | None
+    expressions: Tensor
+    expression_kind: str
+    subject: str
+    head: str | None = None
+    identity: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+    def to(self, device: str) -> InputSet:
+        """The same set with every tensor on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            images=self.images.to(device),
+            masks=self.masks.to(device),
+            cameras=self.cameras.to(device=device),
+            positions=move(self.positions),
+            confidence=move(self.confidence),
+            features=move(self.features),
+            expressions=self.expressions.to(device),
+            identity=move(self.identity),
+        )
