@@ -1,0 +1,1 @@
+"""Making avatars: the model-agnostic DeepSpeed trainer, its tasks, and the per-subject fits."""

@@ -1,0 +1,151 @@
+"""What a training run is: one typed tree, which a recipe fills in and the command line may change field by field."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from avatars.avat3r.config import Avat3rConfig
+from avatars.errors import UserError
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "Precision",
+    "TrainConfig",
+    "learning_rate",
+]
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the picture losses (Avat3r section 4.1)."""
+
+    l1: float = 0.8
+    """Mean absolute error."""
+    ssim: float = 0.2
+    """One minus SSIM."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a constant or cosine rate."""
+
+    lr: float = 5e-5
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; 0 makes it Adam."""
+    warmup_steps: int = 0
+    """Steps from zero to the peak rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the rate does after the warm-up."""
+    final_lr_fraction: float = 0.0
+    """Cosine only: the last step's rate as a fraction of the peak."""
+    clip: float = 1.0
+    """Gradient norm limit, 0 for none."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a training example is and how many a rank takes at once."""
+
+    micro_batch: int = 1
+    """Examples a rank computes at once."""
+    views: int = 8
+    """Target views of an example."""
+    input_views: int = 4
+    """Pictures of an input set."""
+    seed: int = 0
+    """Seed of the plan."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """How many of the newest are kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A complete training configuration. Recipes in `launch/recipes.py` return one."""
+
+    recipe: str
+    """Name of the recipe that this configuration started from."""
+    steps: int
+    """Optimiser steps."""
+    model: Avat3rConfig = field(default_factory=Avat3rConfig)
+    """The network."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimiser."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The checkpoints."""
+    precision: Precision = "bf16"
+    """Arithmetic of the network; the rasterizer and the loss are always float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    accumulate: int = 1
+    """Micro-batches of an optimiser step."""
+    seed: int = 0
+    """Seed of the network's initial weights."""
+    log_every: int = 10
+    """Steps between lines on the terminal."""
+    ranks_without_gpu: int = 2
+    """Processes that `make train` starts on a machine without a GPU."""
+
+    def __post_init__(self) -> None:
+        positive = {
+            "steps": self.steps,
+            "accumulate": self.accumulate,
+            "log_every": self.log_every,
+            "ranks_without_gpu": self.ranks_without_gpu,
+            "data.micro_batch": self.data.micro_batch,
+            "data.views": self.data.views,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"Recipe {self.recipe}: --{name.replace('_', '-')} is {value} and must be at least 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary, for meta.json and MLflow."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def same_model_as(self, other: dict[str, Any]) -> bool:
+        """Whether a checkpoint with the configuration `other` fits this one's network."""
+        return self.to_json()["model"] == other.get("model")
+
+
+def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
+    """The rate of step number `step` (from 0), a pure function, so that resuming needs no scheduler state.
+
+    Args:
+        step: the step about to be taken.
+        config: peak, warm-up and schedule.
+        steps: length of the whole training.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    floor = config.final_lr_fraction
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

@@ -1,0 +1,80 @@
+"""Training Avat3r: predict the Gaussians of a new expression and compare pictures of them from new views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avatars.avat3r import Avat3r, Avat3rConfig, Views
+from avatars.cameras import Cameras
+from avatars.rasterize import rasterize
+from train.config import LossConfig
+from train.losses import picture_loss
+from train.task import Batch
+
+__all__ = ["Avat3rTask", "views_from_batch"]
+
+
+def views_from_batch(batch: Batch) -> Views:
+    """The input pictures of a training batch as the network takes them."""
+    return Views(
+        images=batch["input_images"],
+        K=batch["input_K"],
+        world_to_camera=batch["input_world_to_camera"],
+        positions=batch.get("input_positions"),
+        confidence=batch.get("input_confidence"),
+        features=batch.get("input_features"),
+    )
+
+
+class Avat3rWithLoss(nn.Module):
+    """The network and its loss in one forward, as DeepSpeed's hooks want it."""
+
+    def __init__(self, config: Avat3rConfig, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = Avat3r(config)
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Renders every example's target views and compares.
+
+        Args:
+            batch: what `shards.BatchLoader` yields.
+
+        Returns:
+            The mean loss over the batch, and its parts.
+        """
+        maps = self.model(views_from_batch(batch), batch["expression"])
+        targets = batch["target_images"]  # (B, V, 3, H, W)
+        height, width = targets.shape[-2:]
+        pictures = []
+        for index in range(targets.shape[0]):
+            cameras = Cameras(batch["target_K"][index], batch["target_world_to_camera"][index])
+            pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
+        loss, parts = picture_loss(torch.cat(pictures), targets.flatten(0, 1), self.loss)
+        parts["gaussians"] = maps.keep.float().sum() / targets.shape[0]
+        return loss, parts
+
+
+class Avat3rTask:
+    """The Avat3r task (arXiv 2502.20220 section 4.1)."""
+
+    name = "avat3r"
+
+    def __init__(self, config: Avat3rConfig, loss: LossConfig) -> None:
+        self.config = config
+        self.loss = loss
+
+    def build(self) -> nn.Module:
+        """The network with its loss."""
+        return Avat3rWithLoss(self.config, self.loss)
+
+    def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
+        """Writes the network alone."""
+        model = module.get_submodule("model")
+        if not isinstance(model, Avat3r):
+            raise TypeError(f"expected Avat3r, got {type(model).__name__}")
+        model.save(folder, provenance)
