@@ -19,6 +19,7 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
+from train.telemetry import SharedFailure
 
 __all__ = ["Meta", "latest", "load", "save"]
 
@@ -131,7 +132,7 @@ def load(engine: Any, folder: Path, meta: Meta) -> None:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if meta.world_size != world_size:
-        raise UserError(
+        raise SharedFailure(
             f"{folder} was written by {meta.world_size} ranks and {world_size} are running; "
             f"start {meta.world_size} ranks, or train in a new RUN."
         )
@@ -153,7 +154,7 @@ def _require_space(engine: Any, run: Path) -> None:
     if free[0] < need:
         before = latest(run)
         rest = f"The checkpoint of step {before[1].step} is whole" if before else "There is no checkpoint yet"
-        raise UserError(
+        raise SharedFailure(
             f"No space for a checkpoint in {run}: it takes up to {need / 2**20:.0f} MiB and {free[0] / 2**20:.0f} MiB "
             f"are free. {rest}; free space and run the same command again."
         )

@@ -27,7 +27,7 @@ from train import checkpoint
 from train.config import TrainConfig, learning_rate
 from train.deepspeed_config import deepspeed_json
 from train.task import Batch, Task
-from train.telemetry import RunLog
+from train.telemetry import RunLog, SharedFailure
 
 __all__ = ["Preempted", "train"]
 
@@ -172,7 +172,7 @@ def require_finite(mean: float, own: float, ids: list[str], step: int) -> None:
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (own, ids))
     culprits = [name for loss, names in reports if not math.isfinite(loss) for name in names]
-    raise UserError(
+    raise SharedFailure(
         f"The loss is {mean} at step {step + 1}, from the examples {', '.join(culprits)}. The last checkpoint is whole; "
         "lower --optimizer.lr or look at these examples with `headsplat shards check`, then run the same command again."
     )
@@ -189,20 +189,20 @@ def agreed_checkpoint(run: Path, config: TrainConfig, data: str) -> tuple[Path, 
         try:
             found = [checkpoint.latest(run)]
         except UserError as error:
-            found = [error]
+            found = [SharedFailure(str(error))]
     dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
+    if isinstance(found[0], SharedFailure):
         raise found[0]
     newest = found[0]
     if newest is None:
         return None
     meta = newest[1]
     if not config.same_model_as(meta.config):
-        raise UserError(
+        raise SharedFailure(
             f"{run} holds a checkpoint of another model (recipe {meta.config.get('recipe')}); choose another RUN=."
         )
     if meta.data != data:
-        raise UserError(f"{run} was trained on other shards than the ones given; choose another RUN= or the same DATA=.")
+        raise SharedFailure(f"{run} was trained on other shards than the ones given; choose another RUN= or the same DATA=.")
     return newest
 
 
@@ -224,7 +224,7 @@ def claimed(run: Path) -> Iterator[None]:
             busy = [True]
     dist.broadcast_object_list(busy, src=0)
     if busy[0]:
-        raise UserError(f"Another training is running in {run}; wait for it, or choose another RUN=.")
+        raise SharedFailure(f"Another training is running in {run}; wait for it, or choose another RUN=.")
     try:
         yield
     finally:

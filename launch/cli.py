@@ -1,0 +1,89 @@
+"""`headsplat`: finds the command, loads only what it needs, and turns what a user can mend into a sentence."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+from avatars.errors import UserError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("launch.doctor:doctor", "what works on this machine, and why not"),
+    "synth": ("launch.data:synth", "makes synthetic multi-view captures of people that do not exist"),
+    "shards pack": ("launch.data:pack", "packs captures into self-contained shards"),
+    "shards check": ("launch.data:check", "validates packed shards"),
+    "shards info": ("launch.data:info", "tells what is in packed shards"),
+    "train": ("launch.training:train", "one process group's worth of training; `launch` starts the ranks"),
+    "launch": ("launch.training:launch", "prepares data, starts every rank with DeepSpeed and evaluates: `make train`"),
+    "fit": ("launch.fitting:fit", "fits a per-subject method to held-out people on Ray"),
+    "eval": ("launch.evaluation:evaluate", "measures a trained model or fitted avatars on held-out people"),
+    "report": ("launch.evaluation:report", "compares everything that was evaluated"),
+    "dashboard": ("launch.evaluation:dashboard", "opens the MLflow dashboard"),
+    "demo": ("launch.demo:demo", "captures to compared avatars, all of it: `make demo`"),
+}
+
+
+def usage() -> str:
+    """The text of `headsplat --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "headsplat: multi-view head captures to animatable 3D Gaussian avatars.",
+            "",
+            "usage: headsplat COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`headsplat COMMAND --help` tells a command's options.",
+        ]
+    )
+
+
+def find(words: list[str]) -> tuple[str, list[str]]:
+    """The command that the first one or two words name, and the words after it.
+
+    Raises:
+        UserError: there is no such command; the nearest is named.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return name, words[length:]
+    asked = " ".join(words[:2]) if words[0] == "shards" else words[0]
+    nearest = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.4)
+    hint = f" Did you mean `headsplat {nearest[0]}`?" if nearest else ""
+    raise UserError(f"There is no command {asked!r}.{hint} `headsplat --help` lists them.")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        words: the command line without the program's name; the process's own when None.
+
+    Returns:
+        The exit status: 0 only on success.
+    """
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    try:
+        name, rest = find(words)
+        module, function = COMMANDS[name][0].split(":")
+        command = getattr(import_module(module), function)
+        return int(command(rest) or 0)
+    except UserError as error:
+        print(f"headsplat: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("headsplat: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Recipes: functions that return a complete training configuration. A variant calls another and changes a few fields."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from avatars.avat3r.config import Avat3rConfig
+from avatars.errors import UserError
+from train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
+
+__all__ = ["RECIPES", "find_recipe"]
+
+
+def avat3r() -> TrainConfig:
+    """Avat3r at the paper's scale: 512 px, 8 + 8 layers, 8 GPUs with one example each."""
+    return TrainConfig(
+        recipe="avat3r",
+        steps=3_500_000,
+        model=Avat3rConfig(feature_dim=1920, checkpoint_activations=True),
+        optimizer=OptimizerConfig(lr=5e-5, warmup_steps=2000),
+        checkpoint=CheckpointConfig(every=5000, keep=3),
+        log_every=50,
+    )
+
+
+def avat3r_cpu() -> TrainConfig:
+    """Avat3r for two processor cores: 96 px, a few minutes on demo captures."""
+    return TrainConfig(
+        recipe="avat3r-cpu",
+        steps=240,
+        model=Avat3rConfig(
+            size=96,
+            patch=8,
+            width=192,
+            head_width=32,
+            self_layers=3,
+            cross_layers=3,
+            expression_dim=52,
+            expression_hidden=128,
+            upsample_stages=1,
+            upsample_blocks=2,
+            upsample_min_width=96,
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=10, schedule="cosine", final_lr_fraction=0.05),
+        data=DataConfig(micro_batch=1, views=8),
+        checkpoint=CheckpointConfig(every=40, keep=2),
+        precision="fp32",
+        zero_stage=1,
+        log_every=10,
+    )
+
+
+def avat3r_tiny() -> TrainConfig:
+    """Avat3r small enough for a test: 48 px, seconds."""
+    base = avat3r_cpu()
+    return replace(
+        base,
+        recipe="avat3r-tiny",
+        steps=20,
+        model=replace(base.model, size=48, width=64, self_layers=1, cross_layers=1, upsample_min_width=32),
+        data=DataConfig(micro_batch=1, views=4),
+        checkpoint=CheckpointConfig(every=10, keep=2),
+        log_every=5,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "avat3r": avat3r,
+    "avat3r-cpu": avat3r_cpu,
+    "avat3r-tiny": avat3r_tiny,
+}
+
+
+def find_recipe(name: str) -> TrainConfig:
+    """The recipe of that name.
+
+    Raises:
+        UserError: there is none; the nearest is named.
+    """
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
+        raise UserError(f"There is no recipe {name!r}. The nearest is {nearest!r}; there are {', '.join(RECIPES)}.")
+    return RECIPES[name]()

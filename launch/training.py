@@ -1,0 +1,193 @@
+"""`headsplat train` is one rank's work; `headsplat launch`, which `make train` calls, starts all ranks and evaluates."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from avatars.errors import UserError
+from launch.options import parse
+from launch.preflight import check_hosts, free_port
+from launch.recipes import RECIPES, find_recipe
+from launch.workspace import Workspace
+from train.config import TrainConfig
+
+__all__ = ["LaunchOptions", "launch", "run_training", "train"]
+
+PREEMPTED = 0  # a scheduler that stops a run does not want to see an error
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One process group's worth of training."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The recipe, with every field open to change."""
+    data: Path
+    """Folder of packed shards."""
+    run: Path
+    """Folder of the run; training goes on from its last checkpoint."""
+    tracking: str = ""
+    """MLflow tracking URI; empty for no tracking."""
+    print_config: bool = False
+    """Print the resolved recipe and stop."""
+
+
+def train(words: list[str]) -> int:
+    """`headsplat train RECIPE --data D --run R [--dotted.overrides]`."""
+    if not words or words[0].startswith("-"):
+        raise UserError(f"Name a recipe: headsplat train RECIPE. There are {', '.join(RECIPES)}.")
+    config = find_recipe(words[0])
+    default = TrainOptions(config=config, data=tyro.MISSING, run=tyro.MISSING)
+    if "--print-config" in words:
+        default = replace(default, data=Path("."), run=Path("."))
+    options = parse(TrainOptions, words[1:], f"train {words[0]}", default)
+    if options.print_config:
+        import json
+
+        print(json.dumps(options.config.to_json(), indent=1))
+        return 0
+    return train_rank(options)
+
+
+def train_rank(options: TrainOptions) -> int:
+    """This process as one rank of a training."""
+    import torch
+
+    from eval.tracking import TrainingRun
+    from train.loop import Preempted, single_process_environment
+    from train.loop import train as run_loop
+    from train.tasks.avat3r import Avat3rTask
+    from train.telemetry import RunLog
+
+    single_process_environment()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank = int(os.environ["RANK"])
+    config = options.config
+    task = Avat3rTask(config.model, config.loss)
+    log = RunLog(options.run, rank)
+    try:
+        if rank == 0 and options.tracking:
+            with TrainingRun(options.tracking, config.recipe, options.run, config.to_json()) as tracker:
+                log.tracker = tracker
+                run_loop(task, config, options.data, options.run, log)
+        else:
+            run_loop(task, config, options.data, options.run, log)
+    except Preempted as stop:
+        log.say(str(stop))
+        return PREEMPTED
+    except UserError as error:
+        log.fail(error)
+        return 1
+    finally:
+        log.close()
+    return 0
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Prepares data, starts every rank with DeepSpeed, then evaluates on held-out people."""
+
+    recipe: Annotated[str, tyro.conf.Positional] = "avat3r-cpu"
+    """Name of the recipe."""
+    data: Path | None = None
+    """Folder of packed shards; demo captures are made and packed when it is not given."""
+    nodes: int = 1
+    """Number of hosts."""
+    hostfile: Path | None = None
+    """Lines `hostname slots=n`; needed for more than one host."""
+    out: Path = Path("work")
+    """Folder for everything that is made."""
+    run: str = ""
+    """Name of the run in that folder; the recipe's name by default."""
+    port: int | None = None
+    """Port of the ranks' rendezvous; any free one by default."""
+    args: str = ""
+    """Overrides of the recipe, as one string: "--steps 100 --optimizer.lr 1e-4"."""
+
+
+def launch(words: list[str]) -> int:
+    """`headsplat launch RECIPE`: what `make train` runs."""
+    from launch.evaluation import evaluate_training, show_table
+
+    options = parse(LaunchOptions, words, "launch")
+    shards, run = run_training(options)
+    workspace = Workspace(options.out)
+    rows = evaluate_training(run, shards, workspace)
+    show_table(rows, workspace)
+    return 0
+
+
+def run_training(options: LaunchOptions) -> tuple[Path, Path]:
+    """Everything of `make train` but the evaluation.
+
+    Returns:
+        The shards and the run's folder.
+
+    Raises:
+        UserError: a check failed, or the training ended without finishing.
+    """
+    from launch.data import shards_for
+
+    config = find_recipe(options.recipe)
+    check_hosts(options.nodes, options.hostfile)
+    port = free_port(options.port)
+    workspace = Workspace(options.out)
+    run = workspace.run(options.run or options.recipe)
+    # Wrong overrides are told here once, not by every rank after minutes of preparing data.
+    overrides = shlex.split(options.args)
+    parse(
+        TrainOptions, overrides, f"train {options.recipe}", TrainOptions(config=config, data=Path("."), run=Path("."))
+    )
+    shards = shards_for(options.data, workspace, options.recipe)
+    command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
+    status = subprocess.run(command, env=rank_environment()).returncode
+    if status != 0:
+        raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
+    if not (run / "export" / "model.json").is_file():
+        raise UserError(f"The training in {run} was stopped before its last step; the same command goes on from there.")
+    return shards, run
+
+
+def deepspeed_command(
+    options: LaunchOptions,
+    config: TrainConfig,
+    port: int,
+    shards: Path,
+    run: Path,
+    workspace: Workspace,
+    overrides: list[str],
+) -> list[str]:
+    """The real launcher's command line."""
+    import torch
+
+    ranks = torch.cuda.device_count() or config.ranks_without_gpu
+    words = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), "--no_local_rank"]
+    if options.hostfile is not None:
+        words += ["--hostfile", str(options.hostfile), "--num_nodes", str(options.nodes)]
+    else:
+        words += ["--num_gpus", str(ranks)]
+    words += ["--module", "launch.cli", "train", options.recipe]
+    words += ["--data", str(shards.resolve()), "--run", str(run.resolve()), "--tracking", workspace.tracking_uri]
+    return words + overrides
+
+
+def rank_environment() -> dict[str, str]:
+    """The ranks' environment: as many threads a rank as cores allow, and none of DeepSpeed's chatter."""
+    import torch
+
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    # The launcher is found by its folder, not by an activated environment.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    return environment
