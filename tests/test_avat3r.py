@@ -1,0 +1,220 @@
+"""Avat3r's network: what it must be equal to, whatever its weights are."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from avatars.avat3r import Avat3r, Avat3rAvatar, Avat3rConfig, Avat3rMethod, Views, confident
+from avatars.avat3r.model import sample_at_patch_centres
+from avatars.cameras import Cameras
+from avatars.errors import UserError
+from avatars.inputs import InputSet
+
+TINY = Avat3rConfig(
+    size=32,
+    patch=8,
+    width=32,
+    head_width=16,
+    self_layers=2,
+    cross_layers=2,
+    expression_dim=5,
+    expression_hidden=16,
+    upsample_stages=1,
+    upsample_min_width=16,
+)
+
+
+def some_views(n: int, config: Avat3rConfig = TINY, batch: int = 1) -> Views:
+    """Random pictures from cameras on a circle around the origin, and points near it."""
+    g = torch.Generator().manual_seed(n)
+    size = config.size
+    K = torch.tensor([[2.0 * size, 0, size / 2], [0, 2.0 * size, size / 2], [0, 0, 1]])
+    world_to_camera = torch.eye(4).repeat(batch, n, 1, 1)
+    for i in range(n):
+        a = 0.4 * i
+        world_to_camera[:, i, :3, :3] = torch.tensor(
+            [[math.cos(a), 0, -math.sin(a)], [0, -1, 0], [-math.sin(a), 0, -math.cos(a)]]
+        )
+        world_to_camera[:, i, 2, 3] = 1.1
+    confidence = torch.where(torch.rand(batch, n, 1, size, size, generator=g) > 0.4, math.e, 1.0)
+    return Views(
+        images=torch.rand(batch, n, 3, size, size, generator=g),
+        K=K.repeat(batch, n, 1, 1),
+        world_to_camera=world_to_camera,
+        positions=torch.randn(batch, n, 3, size, size, generator=g) * 0.05,
+        confidence=confidence,
+        features=torch.randn(batch, n, config.feature_dim, 4, 4, generator=g) if config.feature_dim else None,
+    )
+
+
+def trained(config: Avat3rConfig = TINY) -> Avat3r:
+    """A network whose heads are not zero any more, as after some training."""
+    torch.manual_seed(0)
+    model = Avat3r(config)
+    for head in model.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.1)
+    return model
+
+
+def test_zero_heads_are_the_coloured_position_maps():
+    model, views = Avat3r(TINY), some_views(4)
+    maps = model(views, torch.randn(1, 5))
+    assert torch.equal(maps.means, views.positions)
+    assert torch.equal(maps.colors, views.images)
+    assert torch.allclose(maps.opacities, torch.sigmoid(torch.tensor(-2.0)))
+    assert torch.equal(maps.keep, views.confidence > 2)
+    gaussians = maps.gaussians(0)
+    assert gaussians.means.shape == (int(maps.keep.sum()), 3)
+
+
+def test_a_fresh_gaussian_covers_its_pixel():
+    views = some_views(1)
+    views.positions = torch.zeros_like(views.positions)  # all at the head's centre, 1.1 m away
+    maps = Avat3r(TINY)(views, torch.zeros(1, 5))
+    assert torch.allclose(maps.scales, torch.tensor(0.7 * 1.1 / (2.0 * TINY.size)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 6])
+def test_any_number_of_views(n):
+    maps = trained()(some_views(n), torch.randn(1, 5))
+    assert maps.means.shape == (1, n, 3, 32, 32)
+    assert torch.isfinite(maps.means).all()
+    assert torch.allclose(maps.quats.norm(dim=2), torch.ones(1, n, 32, 32))
+
+
+@pytest.mark.parametrize("interleave", [False, True])
+def test_cached_driving_equals_the_full_forward(interleave):
+    model = trained(replace(TINY, interleave=interleave)).eval()
+    views, code = some_views(4), torch.randn(1, 5)
+    cached = model.encode(views)
+    for name in ("means", "scales", "quats", "opacities", "colors"):
+        assert torch.equal(getattr(model.decode(cached, code, views), name), getattr(model(views, code), name))
+
+
+def test_permuting_the_views_permutes_the_gaussians():
+    model, views, code = trained().eval(), some_views(4), torch.randn(1, 5)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = Views(**{k: v if v is None else v[:, order] for k, v in vars(views).items()})
+    straight, other = model(views, code), model(shuffled, code)
+    assert torch.allclose(straight.means[:, order], other.means, atol=1e-5)
+    assert torch.allclose(straight.colors[:, order], other.colors, atol=1e-5)
+    assert not torch.allclose(straight.colors, other.colors, atol=1e-3)
+
+
+def test_the_expression_changes_the_gaussians():
+    model, views = trained(), some_views(2)
+    assert not torch.allclose(model(views, torch.ones(1, 5)).means, model(views, -torch.ones(1, 5)).means, atol=1e-6)
+
+
+def test_a_batch_is_its_examples():
+    model, views, codes = trained().eval(), some_views(2, batch=3), torch.randn(3, 5)
+    together = model(views, codes)
+    for i in range(3):
+        alone = model(Views(**{k: v if v is None else v[i : i + 1] for k, v in vars(views).items()}), codes[i : i + 1])
+        assert torch.allclose(together.means[i], alone.means[0], atol=1e-5)
+
+
+def test_gradients_reach_every_parameter():
+    config = replace(TINY, feature_dim=6)
+    model = trained(config)
+    maps = model(some_views(2, config), torch.randn(1, 5))
+    total = sum((getattr(maps, n) * torch.randn_like(getattr(maps, n))).sum() for n in ("means", "quats", "colors"))
+    (total + maps.scales.log().sum() + maps.opacities.sum()).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a shift of all keys cannot be seen by a softmax; nothing else may be silent
+    assert all("key_value.bias" in n for n in silent)
+
+
+def test_activation_checkpointing_changes_no_number():
+    views, code = some_views(2), torch.randn(1, 5)
+    grads = []
+    for recompute in (False, True):
+        model = trained(replace(TINY, checkpoint_activations=recompute))
+        model(views, code).means.square().sum().backward()
+        grads.append(model.patchify.weight.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    ("space", "threshold", "expected"),
+    [
+        ("log", 0.5, [False, False, True]),
+        ("minus-one", 0.5, [False, True, True]),
+        ("raw", 1.7, [False, False, True]),
+        ("min-max", 0.3, [False, True, True]),
+    ],
+)
+def test_confidence_spaces(space, threshold, expected):
+    confidence = torch.tensor([1.0, 1.6, 2.5]).view(1, 1, 3)
+    assert confident(confidence, threshold, space).flatten().tolist() == expected
+
+
+def test_features_are_sampled_at_patch_centres():
+    # a 4x4 map sampled on a 2x2 grid: each sample lies between four cells
+    features = torch.arange(16.0).view(1, 1, 4, 4)
+    assert sample_at_patch_centres(features, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_paper_scale_has_the_expected_shapes():
+    with torch.device("meta"):
+        config = Avat3rConfig(feature_dim=1920)
+        model = Avat3r(config)
+        n = 4
+        views = Views(
+            images=torch.empty(1, n, 3, 512, 512),
+            K=torch.empty(1, n, 3, 3),
+            world_to_camera=torch.empty(1, n, 4, 4),
+            positions=torch.empty(1, n, 3, 512, 512),
+            confidence=torch.empty(1, n, 1, 512, 512),
+            features=torch.empty(1, n, 1920, 64, 64),
+        )
+        assert model.encode(views).shape == (1, n * 1024, 768)
+        maps = model(views, torch.empty(1, 256))
+    assert maps.means.shape == (1, n, 3, 512, 512)
+    assert maps.means[:, :, 0].numel() == 1_048_576
+
+
+def input_set(views: Views) -> InputSet:
+    n = views.images.shape[1]
+    return InputSet(
+        images=views.images[0],
+        masks=torch.ones(n, 1, TINY.size, TINY.size),
+        cameras=Cameras(views.K[0], views.world_to_camera[0]),
+        positions=views.positions[0],
+        confidence=views.confidence[0],
+        features=None,
+        expressions=torch.zeros(n, 5),
+        expression_kind="test-5",
+        subject="nobody",
+    )
+
+
+def test_a_saved_avatar_drives_like_the_one_in_memory(tmp_path):
+    model = trained()
+    model.save(tmp_path / "model", {"expression_kind": "test-5"})
+    avatar = Avat3rMethod.load(tmp_path / "model").create(input_set(some_views(3)))
+    code = torch.randn(5)
+    avatar.save(tmp_path / "avatar")
+    read = Avat3rAvatar.load(tmp_path / "avatar").gaussians(code)
+    made = avatar.gaussians(code)
+    for name in ("means", "quats", "scales", "opacities", "colors"):
+        assert torch.equal(getattr(read, name), getattr(made, name))
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    method = Avat3rMethod(trained(), "test-5")
+    inputs = input_set(some_views(2))
+    with pytest.raises(UserError, match="test-5 expression codes and the input set has arkit-52"):
+        method.create(replace(inputs, expression_kind="arkit-52"))
+    with pytest.raises(UserError, match="32x32 pixels and the input set has 16x16"):
+        method.create(replace(inputs, images=inputs.images[..., :16, :16]))
+    with pytest.raises(UserError, match="7 numbers and this Avat3r was trained on 5"):
+        method.create(inputs).gaussians(torch.zeros(7))
+    with pytest.raises(UserError, match="no position maps|input set has none"):
+        method.create(replace(inputs, positions=None, confidence=None))
+    with pytest.raises(UserError, match=r"model\.json"):
+        Avat3r.load(tmp_path)
+    with pytest.raises(UserError, match="no multiple of patch"):
+        replace(TINY, patch=5)

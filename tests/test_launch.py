@@ -1,0 +1,96 @@
+"""The command line and the checks before a rank starts."""
+
+import socket
+
+import pytest
+
+from avatars.errors import UserError
+from launch.cli import COMMANDS, main, usage
+from launch.preflight import check_hosts, free_port, read_hostfile
+from launch.recipes import RECIPES, find_recipe
+
+
+def test_usage_names_every_command():
+    assert all(f"  {name} " in usage() for name in COMMANDS)
+
+
+def test_every_command_can_be_found():
+    from importlib import import_module
+
+    for target, _ in COMMANDS.values():
+        module, function = target.split(":")
+        assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "Did you mean `headsplat train`"),
+        (["shards", "pak"], "Did you mean `headsplat shards pack`"),
+        (["train", "avat3r-cpuu"], "The nearest is 'avat3r-cpu'"),
+        (["train"], "Name a recipe"),
+        (["launch", "avat3r-tiny", "--nodes", "8"], "NODES=8 needs HOSTFILE="),
+        (["launch", "avat3r-tiny", "--data", "nowhere"], "nowhere"),
+        (["fit", "flashavatar", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(words, sentence, capsys):
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("headsplat: ")
+    assert "Traceback" not in error
+
+
+def test_an_unknown_override_names_the_nearest(capsys):
+    words = ["train", "avat3r-tiny", "--data", "d", "--run", "r", "--optimizer.lrr", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "--optimizer.lr" in capsys.readouterr().err
+
+
+def test_an_unknown_override_is_told_before_data_are_made(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["launch", "avat3r-tiny", "--out", str(tmp_path), "--args", "--optimizer.lrr 1"])
+    assert stop.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_nodes_than_hosts(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=8\n# a comment\n\nb slots=8\n")
+    assert read_hostfile(hostfile) == {"a": 8, "b": 8}
+    check_hosts(2, hostfile)
+    with pytest.raises(UserError, match=r"NODES=3 but .* names 2 hosts"):
+        check_hosts(3, hostfile)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("a 8\n", "line 1"), ("a slots=8\na slots=4\n", "twice"), ("a slots=0\n", "line 1")]
+)
+def test_a_hostfile_that_is_wrong(tmp_path, text, sentence):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        read_hostfile(hostfile)
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"PORT={port} cannot be used"):
+            free_port(port)
+    assert free_port(None) > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_it_is_called(name):
+    assert find_recipe(name).recipe == name
+
+
+def test_a_recipe_prints_its_whole_configuration(capsys):
+    assert main(["train", "avat3r-tiny", "--print-config", "--model.width", "96"]) == 0
+    assert '"width": 96' in capsys.readouterr().out
