@@ -1,4 +1,6 @@
-"""Tiny captures in the synthetic layout, with analytic pictures: data for tests that takes milliseconds to make."""
+"""Tiny captures in the synthetic layout, with analytic pictures: data for tests that takes milliseconds to
+make.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ def write_tiny_capture(
 ) -> Path:
     """Writes one capture of a shaded ellipsoid with eyes and a mouth; returns its folder, `folder / subject`.
 
-    Codes 0, 1 and 2 open the mouth (and lengthen the head), lift the brows and widen the mouth; every other code
-    tints the skin a little. Cameras stand on a dome around the head, the first one in front of the face; the head
-    turns a little from timestep to timestep. Depth is that of the pixel's central ray.
+    Codes 0, 1 and 2 open the mouth (and lengthen the head), lift the brows and widen the mouth; every other
+    code tints the skin a little. Cameras stand on a dome around the head, the first one in front of the
+    face; the head turns a little from timestep to timestep. Depth is that of the pixel's central ray.
     """
     rng = np.random.default_rng([seed, *subject.encode()])
     out = Path(folder) / subject
@@ -83,7 +85,8 @@ def pack_tiny(
     seed: int = 0,
     **options: object,
 ) -> Path:
-    """Writes tiny captures under `folder / "captures"`, packs them and returns the shard folder `folder / "shards"`.
+    """Writes tiny captures under `folder / "captures"`, packs them and returns the shard folder `folder /
+    "shards"`.
 
     The last `heldout` subjects are held out. `options` go to `shards.pack`.
     """
@@ -132,7 +135,9 @@ def _render(
     expression: np.ndarray,
     tint: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (S, S, 3) uint8 on black, mask (S, S) uint8 (both averaged over 2 x 2 rays) and depth (S, S) uint16."""
+    """Image (S, S, 3) uint8 on black, mask (S, S) uint8 (both averaged over 2 x 2 rays) and depth (S, S)
+    uint16.
+    """
     color, hit, _ = _trace(K, head_to_camera, size, 2, radii, skin, expression, tint)
     color = (color * hit[..., None]).reshape(size, 2, size, 2, 3).mean((1, 3))
     mask = hit.astype(float).reshape(size, 2, size, 2).mean((1, 3))

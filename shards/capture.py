@@ -1,0 +1,133 @@
+"""The one contract for all captures, and the door to its readers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avatars.errors import UserError
+
+if TYPE_CHECKING:
+    from avatars.cameras import Cameras
+
+__all__ = ["Capture", "View", "read_capture"]
+
+
+@dataclass(frozen=True)
+class View:
+    """What one camera saw at one timestep.
+
+    Attributes:
+        image: (H, W, 3) uint8 sRGB over black: colours are those of the foreground times its coverage.
+        mask: (H, W) uint8 foreground coverage, 255 = head.
+        depth: (H, W) float32 camera z in metres, 0 = no surface; None when not there or not asked for.
+    """
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    depth: NDArray[np.float32] | None = None
+
+
+class Capture(ABC):
+    """One recording of one subject. Pictures are read when asked for; the rest is small and in memory.
+
+    Attributes:
+        subject: name of the person.
+        capture_id: name of the recording, unique among captures.
+        layout: name of the source layout.
+        expression_kind: what the codes mean: "arkit-52", "ava-256" or "flame-135".
+        expressions: (T, E) float32 codes.
+        timestep_ids: T names, unique, in the order of time.
+        camera_ids: V names, unique.
+        size: height and width of the pictures, the same for all views.
+        head: name of the parametric head that tracked the capture, or None.
+        identity: (I,) float32 identity code of that head, or None.
+        has_depth: whether views come with depth.
+    """
+
+    subject: str
+    capture_id: str
+    layout: str
+    expression_kind: str
+    expressions: NDArray[np.float32]
+    timestep_ids: list[str]
+    camera_ids: list[str]
+    size: tuple[int, int]
+    head: str | None = None
+    identity: NDArray[np.float32] | None = None
+    has_depth: bool = False
+
+    @abstractmethod
+    def camera_matrices(self, t: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Intrinsics (V, 3, 3) in pixels and world-to-camera matrices (V, 4, 4) in the head frame of
+        timestep `t`.
+        """
+
+    @abstractmethod
+    def view(self, t: int, v: int, depth: bool = True) -> View | None:
+        """What camera `v` saw at timestep `t`, or None where the source has no picture (a dropped frame).
+
+        Raises:
+            UserError: the picture is there but cannot be read.
+        """
+
+    def cameras(self, t: int) -> Cameras:
+        """The V cameras in the head frame of timestep `t`, float32."""
+        import torch
+
+        from avatars.cameras import Cameras
+
+        K, world_to_camera = self.camera_matrices(t)
+        return Cameras(torch.from_numpy(K).float(), torch.from_numpy(world_to_camera).float())
+
+
+def read_capture(path: str | Path) -> Capture:
+    """Opens a capture of any layout that this version knows.
+
+    Args:
+        path: the folder of one recording.
+
+    Raises:
+        UserError: the folder is not there, holds no known layout, or its description is wrong.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder. Give the folder of one capture.")
+    if (path / "capture.json").is_file():
+        from shards.readers.synthetic import SyntheticCapture
+
+        return SyntheticCapture(path)
+    raise UserError(
+        f"{path} is not a capture: it holds no capture.json (synthetic)."
+        " A synthetic capture without it was not finished: run `headsplat synth` again."
+    )
+
+
+def check_matrices(K: NDArray, world_to_camera: NDArray, where: str) -> None:
+    """Refuses cameras (V, 3, 3), (V, 4, 4) that cannot be: not finite, no focal length, no rotation.
+
+    Raises:
+        UserError: the sentence starts with `where`.
+    """
+    if len(K) == 0:
+        raise UserError(f"{where} has no cameras. A capture needs at least one view.")
+    if not (np.isfinite(K).all() and np.isfinite(world_to_camera).all()):
+        raise UserError(
+            f"{where} has a camera with numbers that are not finite. Export the calibration again."
+        )
+    if (K[:, 0, 0] <= 0).any() or (K[:, 1, 1] <= 0).any():
+        raise UserError(
+            f"{where} has a camera whose focal length is not positive. Export the calibration again."
+        )
+    rotation = world_to_camera[:, :3, :3]
+    off = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
+    if off > 1e-3 or (np.linalg.det(rotation) < 0).any():
+        raise UserError(
+            f"{where} has a world_to_camera whose 3 x 3 part is no rotation (off by {off:.2g})."
+            " Matrices are row-major, OpenCV axes."
+        )

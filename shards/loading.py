@@ -1,0 +1,272 @@
+"""Training batches out of shards, prefetched by threads in the trainer's own process.
+
+The plan says what is in a batch; threads fetch and decode just the pictures that it uses, straight into the
+batch's arrays. JPEG and PNG decoding release the interpreter lock, so no process and no copy between
+processes is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shards.manifest import Manifest, ShardInfo
+from shards.plans import Example, Plan
+from shards.reading import decode_views, read_description, read_prior
+from shards.tarfiles import ShardReader
+
+__all__ = ["BatchLoader"]
+
+OPEN_SHARDS = 256  # file handles kept; a rank reads far fewer side by side
+
+
+class BatchLoader:
+    """The micro-batches of one rank, without end.
+
+    Iterating gives micro-batches number `start`, `start + 1`, … of the plan, each a dict:
+
+    | key | shape |
+    | --- | --- |
+    | input_images | (B, N, 3, H, W) float sRGB on black |
+    | input_masks | (B, N, 1, H, W) |
+    | input_K, input_world_to_camera | (B, N, 3, 3), (B, N, 4, 4) in the head frame |
+    | input_positions, input_confidence | (B, N, 3, H, W) metres, (B, N, 1, H, W); absent without a prior |
+    | expression | (B, E) code of the target timestep |
+    | target_images, target_masks | (B, v, 3, H, W), (B, v, 1, H, W) |
+    | target_K, target_world_to_camera | (B, v, 3, 3), (B, v, 4, 4) in the head frame |
+    | ids | B names: subject/timestep/input set/views@place in the plan |
+
+    Args:
+        folder: where `pack` wrote.
+        split: "train" or "heldout".
+        seed: of the order and all draws.
+        micro_batch: examples in a batch, B.
+        world_size: number of ranks.
+        rank: of these.
+        start: number of the first micro-batch.
+        views: target views of an example, v.
+        threads: decoding threads. They change nothing in what comes out.
+        prefetch: batches that are worked on ahead of the one asked for.
+
+    Attributes:
+        step: number of the next micro-batch.
+        wait_seconds: time that `next` has waited for data so far.
+
+    Raises:
+        UserError: no valid shards; when iterating, a shard that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        seed: int,
+        micro_batch: int,
+        world_size: int = 1,
+        rank: int = 0,
+        start: int = 0,
+        views: int = 8,
+        threads: int = 2,
+        prefetch: int = 2,
+    ) -> None:
+        self.manifest = Manifest.load(folder)
+        shards = self.manifest.split(split)
+        self.plan = Plan(shards, seed=seed, views=views)
+        self.step = start
+        self.wait_seconds = 0.0
+        self._place: dict[str, int] = {"micro_batch": micro_batch, "world_size": world_size, "rank": rank}
+        self._shards = _OpenShards(self.manifest.folder, shards)
+        self._prefetch = prefetch
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headsplat-loader")
+        self._ahead: deque[_Pending] = deque()
+        self._asked = start
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._ask(self._asked))
+            self._asked += 1
+        batch = self._ahead.popleft().result()
+        self.step += 1
+        self.wait_seconds += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads and closes the files."""
+        for pending in self._ahead:
+            pending.cancel()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+        self._shards.close()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, step: int) -> _Pending:
+        """Starts the work on one micro-batch."""
+        examples = self.plan.batch(step, **self._place)
+        settings = self.manifest.settings
+        size, n, v = settings.size, settings.n_inputs, self.plan.views
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_images": (n, 3, size, size),
+            "input_masks": (n, 1, size, size),
+            "input_K": (n, 3, 3),
+            "input_world_to_camera": (n, 4, 4),
+            "expression": (self.manifest.expression_length,),
+            "target_images": (v, 3, size, size),
+            "target_masks": (v, 1, size, size),
+            "target_K": (v, 3, 3),
+            "target_world_to_camera": (v, 4, 4),
+        }
+        if settings.prior != "none":
+            shapes["input_positions"] = (n, 3, size, size)
+            shapes["input_confidence"] = (n, 1, size, size)
+        arrays = {name: np.empty((len(examples), *shape), np.float32) for name, shape in shapes.items()}
+        futures = [
+            self._pool.submit(self._fill, example, {name: array[i] for name, array in arrays.items()})
+            for i, example in enumerate(examples)
+        ]
+        return _Pending(arrays, futures)
+
+    def _fill(self, example: Example, out: dict[str, NDArray[np.float32]]) -> str:
+        """Reads one example into its rows of the batch; returns its name."""
+        with self._shards.reader(example.shard) as reader:
+            size = self.manifest.size
+            inputs, target = f"inputs-{example.input_set:03d}", f"target-{example.target:05d}"
+            described = read_description(reader, inputs)
+            names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
+            _fill_views(reader, inputs, names, size, out["input_images"], out["input_masks"])
+            _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
+            if "input_positions" in out:
+                out["input_positions"][:], out["input_confidence"][:] = read_prior(
+                    reader, inputs, names, size
+                )
+            described = read_description(reader, target)
+            names = [f"{i:03d}" for i in example.views]
+            _fill_views(reader, target, names, size, out["target_images"], out["target_masks"])
+            cameras = [described["cameras"][i] for i in example.views]
+            _fill_cameras(cameras, out["target_K"], out["target_world_to_camera"])
+            out["expression"][:] = described["expression"]
+        views = ",".join(str(described["cameras"][i]["camera"]) for i in example.views)
+        return f"{described['subject']}/{described['timestep']}/{inputs}/{views}@{example.position}"
+
+
+def _fill_views(
+    reader: ShardReader,
+    key: str,
+    names: list[str],
+    size: int,
+    images: NDArray[np.float32],
+    masks: NDArray[np.float32],
+) -> None:
+    """Decodes views into `images` (v, 3, H, W) and `masks` (v, 1, H, W)."""
+    pixels = np.empty((len(names), size, size, 3), np.uint8)
+    coverage = np.empty((len(names), size, size), np.uint8)
+    decode_views(reader, key, names, pixels, coverage)
+    np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=images)
+    np.divide(coverage[:, None], np.float32(255), out=masks)
+
+
+def _fill_cameras(
+    described: list[dict[str, Any]], K: NDArray[np.float32], poses: NDArray[np.float32]
+) -> None:
+    for i, camera in enumerate(described):
+        K[i] = camera["K"]
+        poses[i] = camera["world_to_camera"]
+
+
+@dataclass
+class _Pending:
+    """A batch that threads are filling."""
+
+    arrays: dict[str, NDArray[np.float32]]
+    futures: list[Future[str]]
+
+    def result(self) -> dict[str, Any]:
+        """Waits; raises what a thread raised."""
+        try:
+            ids = [future.result() for future in self.futures]
+        except BaseException:
+            self.cancel()
+            raise
+        return {**{name: torch.from_numpy(array) for name, array in self.arrays.items()}, "ids": ids}
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
+
+
+class _OpenShards:
+    """Readers of the shards in use; the one unused for longest is closed when there are too many."""
+
+    def __init__(self, folder: Path, shards: list[ShardInfo]) -> None:
+        self._folder, self._shards = folder, shards
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Shared] = OrderedDict()
+
+    def reader(self, index: int) -> _Shared:
+        """The reader of one shard, to be used in a `with` block: it is not closed meanwhile."""
+        with self._lock:
+            shared = self._open.get(index)
+            if shared is None:
+                shard = self._shards[index]
+                shared = self._open[index] = _Shared(self, self._folder / shard.path, shard.index)
+            shared.users += 1
+            self._open.move_to_end(index)
+            unused = [i for i, other in self._open.items() if not other.users]
+            for i in unused[: max(len(self._open) - OPEN_SHARDS, 0)]:
+                self._open.pop(i).close()
+            return shared
+
+    def release(self, shared: _Shared) -> None:
+        with self._lock:
+            shared.users -= 1
+
+    def close(self) -> None:
+        with self._lock:
+            for shared in self._open.values():
+                shared.close()
+            self._open.clear()
+
+
+class _Shared:
+    """A shard reader that several threads use, opened by the first of them."""
+
+    def __init__(self, owner: _OpenShards, path: Path, index: tuple[int, int]) -> None:
+        self._owner, self._path, self._index = owner, path, index
+        self._lock = threading.Lock()
+        self._reader: ShardReader | None = None
+        self.users = 0
+
+    def __enter__(self) -> ShardReader:
+        try:
+            with self._lock:
+                if self._reader is None:
+                    self._reader = ShardReader(self._path, self._index)
+                return self._reader
+        except BaseException:
+            self._owner.release(self)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._owner.release(self)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()

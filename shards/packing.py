@@ -1,0 +1,548 @@
+"""Captures to shards.
+
+Each shard is one subject's: K input sets first, then a run of target timesteps with all their views. A
+subject's timesteps are shuffled before they are cut into shards, so neighbours in a shard are not neighbours
+in time. Equal captures and settings give equal bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avatars.errors import UserError
+from shards.capture import Capture, View
+from shards.draws import Draws
+from shards.manifest import Manifest, PackSettings, ShardInfo, write_json
+from shards.pictures import (
+    crop_and_resize,
+    crop_window,
+    encode_jpeg,
+    encode_mask,
+    fit_intrinsics,
+    resample_depth,
+)
+from shards.tarfiles import ShardWriter
+from shards.views import facing, k_farthest, view_directions
+
+__all__ = ["draw_input_timesteps", "pack", "pack_subject"]
+
+CONFIDENT = float(np.e)  # true depth: log-confidence 1
+NO_TRUST = 1.0  # log-confidence 0
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One view, cut and resampled."""
+
+    image: NDArray[np.uint8]  # (S, S, 3), black where the mask is zero
+    mask: NDArray[np.uint8]  # (S, S)
+    depth: NDArray[np.float32] | None  # (S, S)
+    K: NDArray[np.float64]  # (3, 3)
+    world_to_camera: NDArray[np.float64]  # (4, 4), head frame
+
+
+def pack(
+    captures: Iterable[Capture],
+    out: str | Path,
+    *,
+    size: int,
+    heldout: int | Sequence[str],
+    input_sets: int = 8,
+    n_inputs: int = 4,
+    seed: int = 0,
+    prior: str = "depth",
+    quality: int = 95,
+    subsampling: str = "444",
+    k: int = 3,
+    max_input_degrees: float = 80.0,
+    timesteps_per_shard: int = 256,
+    threads: int = 2,
+    progress: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Packs captures into a folder of self-contained WebDataset shards with a manifest.
+
+    A pack that was stopped goes on where it was: subjects that are complete are not packed again, and no
+    file has its name before it is whole. The manifest is written last.
+
+    Args:
+        captures: recordings of different subjects, all with the same kind of expression code and head.
+        out: folder for the shards; made when not there.
+        size: side of the square pictures in pixels.
+        heldout: names of the subjects to hold out from training, or how many (drawn by `seed`).
+        input_sets: input sets at the head of each shard.
+        n_inputs: pictures in an input set, each of its own timestep.
+        seed: of all draws.
+        prior: "depth" to store position maps from the captures' true depth, "none" to store no prior.
+        quality: JPEG quality.
+        subsampling: JPEG chroma subsampling, "444", "422" or "420".
+        k: input cameras are drawn among the k farthest from those drawn before.
+        max_input_degrees: how far from straight before the face an input camera may stand.
+        timesteps_per_shard: target timesteps in one shard.
+        threads: pictures are read, cut and encoded by this many threads.
+        progress: called with a line of text after each subject.
+
+    Returns:
+        The manifest, as saved.
+
+    Raises:
+        UserError: captures that do not fit together or lack what is asked for, a folder that holds other
+            shards, a picture that cannot be read, no space left.
+    """
+    captures, out = list(captures), Path(out)
+    settings = PackSettings(
+        size=size,
+        quality=quality,
+        subsampling=subsampling,
+        prior=prior,
+        n_inputs=n_inputs,
+        input_sets=input_sets,
+        k=k,
+        max_input_degrees=max_input_degrees,
+        timesteps_per_shard=timesteps_per_shard,
+        seed=seed,
+    )
+    _check_settings(settings)
+    _check_captures(captures, settings)
+    train, held = _split([capture.subject for capture in captures], heldout, seed)
+    if (out / "manifest.json").exists():
+        raise UserError(f"{out} already holds packed shards. Give another folder, or remove this one first.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        receipts = []
+        for number, capture in enumerate(captures, 1):
+            receipt = pack_subject(capture, out, settings, threads=threads)
+            receipts.append(receipt)
+            if progress is not None:
+                steps = sum(len(shard["views"]) for shard in receipt["shards"])
+                progress(f"{number}/{len(captures)} {capture.subject}: {steps} timesteps")
+        manifest = _manifest(out, settings, captures[0], receipts, train, held)
+        manifest.save()
+        for capture in captures:
+            _receipt_path(out, capture.subject).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}). Make space or give another folder, then"
+            " run the"
+            " same command: finished subjects are kept."
+        ) from None
+    return manifest
+
+
+def pack_subject(capture: Capture, out: Path, settings: PackSettings, *, threads: int = 2) -> dict[str, Any]:
+    """Packs one capture and leaves a receipt; with a valid receipt there, does nothing but read it.
+
+    Independent of all other captures, so any number of processes may work on different subjects of one
+    folder.
+
+    Returns:
+        The receipt: the subject's shards as the manifest lists them, and sums to make code statistics of.
+    """
+    receipt_path = _receipt_path(out, capture.subject)
+    fingerprint = {
+        "settings": dataclasses.asdict(settings),
+        "capture": capture.capture_id,
+        "timesteps": len(capture.timestep_ids),
+    }
+    receipt = _read_receipt(receipt_path, out, fingerprint)
+    if receipt is not None:
+        return receipt
+    order = Draws(settings.seed, capture.subject, "timesteps").permutation(len(capture.timestep_ids))
+    cuts = range(0, len(order), settings.timesteps_per_shard)
+    shards, errors = [], [0.0]
+    with ThreadPoolExecutor(threads) as pool:
+        for number, start in enumerate(cuts):
+            targets = order[start : start + settings.timesteps_per_shard]
+            path = out / f"{_file_stem(capture.subject)}-{number:04d}.tar"
+            shard, error = _pack_shard(capture, targets, number, path, settings, pool)
+            shards.append(shard)
+            errors.append(error)
+    codes = capture.expressions.astype(np.float64)
+    receipt = {
+        "fingerprint": fingerprint,
+        "subject": capture.subject,
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+        "prior_error": max(errors),
+        "count": len(codes),
+        "sum": codes.sum(0).tolist(),
+        "sum_of_squares": (codes**2).sum(0).tolist(),
+    }
+    write_json(receipt_path, receipt)
+    return receipt
+
+
+def draw_input_timesteps(timesteps: int, n_inputs: int, input_sets: int, draws: Draws) -> list[list[int]]:
+    """Draws `n_inputs` different timesteps for each of `input_sets` sets.
+
+    A set is drawn among the timesteps that the sets before it used least. Sets then share as few timesteps
+    as they can, and few timesteps, if any, are in all sets and therefore no set's target.
+    """
+    used = [0] * timesteps
+    sets = []
+    for _ in range(input_sets):
+        shuffled = draws.permutation(timesteps)
+        drawn = sorted(shuffled, key=lambda t: used[t])[:n_inputs]  # stable: random among equals
+        for t in drawn:
+            used[t] += 1
+        sets.append(drawn)
+    return sets
+
+
+def _pack_shard(
+    capture: Capture,
+    targets: list[int],
+    number: int,
+    path: Path,
+    settings: PackSettings,
+    pool: ThreadPoolExecutor,
+) -> tuple[ShardInfo, float]:
+    """Writes one shard; returns its line in the manifest and the largest error of its stored positions."""
+    draws = Draws(settings.seed, capture.subject, "inputs", number)
+    drawn = draw_input_timesteps(len(capture.timestep_ids), settings.n_inputs, settings.input_sets, draws)
+    place = {t: i for i, t in enumerate(targets)}
+    error = 0.0
+    views = []
+    with ShardWriter(path) as writer:
+        for j, timesteps in enumerate(drawn):
+            members, set_error = _input_set(capture, timesteps, j, settings, draws)
+            writer.write(f"inputs-{j:03d}", members)
+            error = max(error, set_error)
+        for i, t in enumerate(targets):
+            members, count = _target(capture, t, settings, pool)
+            writer.write(f"target-{i:05d}", members)
+            views.append(count)
+    info = ShardInfo(
+        path=path.name,
+        subject=capture.subject,
+        bytes=writer.size,
+        sha256=writer.sha256,
+        index=writer.index,
+        views=tuple(views),
+        inputs=tuple(tuple(place[t] for t in timesteps if t in place) for timesteps in drawn),
+    )
+    return info, error
+
+
+def _input_set(
+    capture: Capture, timesteps: list[int], j: int, settings: PackSettings, draws: Draws
+) -> tuple[dict[str, bytes], float]:
+    """Members of one input set, and the largest error of its stored positions in metres."""
+    matrices = [capture.camera_matrices(t)[1] for t in timesteps]
+    directions = np.stack([view_directions(m) for m in matrices])
+    allowed = _input_cameras(directions, settings)
+    pictures: dict[int, _Picture] = {}
+    while len(pictures) < len(timesteps):  # a dropped frame bars that camera at that timestep; draw again
+        try:
+            cameras = k_farthest(directions, len(timesteps), settings.k, draws, allowed)
+        except ValueError:
+            raise UserError(
+                f"{capture.capture_id}: too few pictures for an input set at timesteps"
+                f" {', '.join(capture.timestep_ids[t] for t in timesteps)}. Widen max_input_degrees or"
+                " leave it out."
+            ) from None
+        pictures = {}
+        for i, (t, v) in enumerate(zip(timesteps, cameras, strict=True)):
+            picture = _picture(capture, t, v, settings, depth=settings.prior == "depth")
+            if picture is None:
+                allowed[i, v] = False
+            else:
+                pictures[i] = picture
+    description = {
+        **_provenance(capture, settings),
+        "kind": "inputs",
+        "set": j,
+        "pictures": [
+            {
+                "timestep": capture.timestep_ids[t],
+                "camera": capture.camera_ids[v],
+                "expression": _numbers(capture.expressions[t]),
+                "K": _numbers(pictures[i].K),
+                "world_to_camera": _numbers(pictures[i].world_to_camera),
+            }
+            for i, (t, v) in enumerate(zip(timesteps, cameras, strict=True))
+        ],
+    }
+    members = {"json": _json(description)}
+    error = 0.0
+    for i, picture in sorted(pictures.items()):
+        members[f"{i:02d}.jpg"] = encode_jpeg(picture.image, settings.quality, settings.subsampling)
+        members[f"{i:02d}.mask.png"] = encode_mask(picture.mask)
+        if settings.prior == "depth":
+            positions, confidence = _true_prior(picture, capture)
+            stored = positions.astype(np.float16)
+            error = max(error, float(np.abs(stored.astype(np.float32) - positions).max()))
+            members[f"{i:02d}.position.npy"] = _npy(stored)
+            members[f"{i:02d}.confidence.npy"] = _npy(confidence.astype(np.float16))
+    return members, error
+
+
+def _input_cameras(directions: NDArray, settings: PackSettings) -> NDArray[np.bool_]:
+    """Which cameras (N, V) may give an input: those before the face; the nearest ones where those are too
+    few.
+    """
+    allowed = facing(directions, settings.max_input_degrees)
+    for i in np.flatnonzero(allowed.sum(1) < settings.n_inputs):
+        allowed[i, np.argsort(-directions[i, :, 2], kind="stable")[: settings.n_inputs]] = True
+    return allowed
+
+
+def _target(
+    capture: Capture, t: int, settings: PackSettings, pool: ThreadPoolExecutor
+) -> tuple[dict[str, bytes], int]:
+    """Members of one target timestep, and how many views it has."""
+
+    def encoded(v: int) -> tuple[_Picture, bytes, bytes] | None:
+        picture = _picture(capture, t, v, settings, depth=False)
+        if picture is None:
+            return None
+        jpeg = encode_jpeg(picture.image, settings.quality, settings.subsampling)
+        return picture, jpeg, encode_mask(picture.mask)
+
+    found = [
+        (v, view)
+        for v, view in enumerate(pool.map(encoded, range(len(capture.camera_ids))))
+        if view is not None
+    ]
+    if not found:
+        raise UserError(
+            f"{capture.capture_id}: timestep {capture.timestep_ids[t]} has no picture. Leave it out."
+        )
+    description = {
+        **_provenance(capture, settings),
+        "kind": "target",
+        "timestep": capture.timestep_ids[t],
+        "expression": _numbers(capture.expressions[t]),
+        "cameras": [
+            {
+                "camera": capture.camera_ids[v],
+                "K": _numbers(picture.K),
+                "world_to_camera": _numbers(picture.world_to_camera),
+            }
+            for v, (picture, _, _) in found
+        ],
+    }
+    members = {"json": _json(description)}
+    for i, (_, (_, jpeg, mask)) in enumerate(found):
+        members[f"{i:03d}.jpg"] = jpeg
+        members[f"{i:03d}.mask.png"] = mask
+    return members, len(found)
+
+
+def _picture(capture: Capture, t: int, v: int, settings: PackSettings, depth: bool) -> _Picture | None:
+    """One view, cut to the head and resampled; None for a dropped frame."""
+    view: View | None = capture.view(t, v, depth=depth)
+    if view is None:
+        return None
+    K, world_to_camera = (matrices[v] for matrices in capture.camera_matrices(t))
+    window = crop_window(K, world_to_camera, view.mask.shape)
+    mask = crop_and_resize(view.mask, window, settings.size)
+    image = crop_and_resize(view.image, window, settings.size)
+    return _Picture(
+        image=image * (mask > 0)[..., None],
+        mask=mask,
+        depth=None if view.depth is None else resample_depth(view.depth, window, settings.size),
+        K=fit_intrinsics(K, window, settings.size),
+        world_to_camera=world_to_camera,
+    )
+
+
+def _true_prior(picture: _Picture, capture: Capture) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Position map (3, S, S) in the head frame, metres, and confidence (1, S, S), from true depth."""
+    if picture.depth is None:
+        raise UserError(
+            f"{capture.capture_id} has no depth. Pack it with prior none, or make priors for it first."
+        )
+    known = (picture.depth > 0) & (picture.mask > 0)
+    size = len(picture.depth)
+    x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
+    pixels = np.stack([x, y, np.ones_like(x)], -1)  # (S, S, 3)
+    in_camera = pixels @ np.linalg.inv(picture.K).T * picture.depth[..., None]
+    rotation, translation = picture.world_to_camera[:3, :3], picture.world_to_camera[:3, 3]
+    positions = np.where(known[..., None], (in_camera - translation) @ rotation, 0.0)
+    confidence = np.where(known, CONFIDENT, NO_TRUST)
+    return positions.transpose(2, 0, 1).astype(np.float32), confidence[None].astype(np.float32)
+
+
+def _provenance(capture: Capture, settings: PackSettings) -> dict[str, Any]:
+    """What every sample says about where it comes from."""
+    return {
+        "subject": capture.subject,
+        "capture": capture.capture_id,
+        "layout": capture.layout,
+        "expression_kind": capture.expression_kind,
+        "head": capture.head,
+        "identity": None if capture.identity is None else _numbers(capture.identity),
+        "size": settings.size,
+        "prior": settings.prior,
+    }
+
+
+def _numbers(array: NDArray) -> Any:
+    """Nested lists of numbers with nine digits, which is exact for float32."""
+    return _nested(array.tolist())
+
+
+def _nested(value: Any) -> Any:
+    return [_nested(item) for item in value] if isinstance(value, list) else float(f"{value:.9g}")
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _npy(array: NDArray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _check_settings(settings: PackSettings) -> None:
+    """Refuses settings that cannot be."""
+    limits = {
+        "size": (8, 8192),
+        "quality": (1, 100),
+        "n_inputs": (1, 64),
+        "input_sets": (1, 999),
+        "k": (1, 10_000),
+        "timesteps_per_shard": (1, 99_999),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= getattr(settings, name) <= high:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be from {low} to {high}.")
+    if settings.prior not in ("depth", "none"):
+        raise UserError(f"There is no prior {settings.prior!r} to pack; the priors are depth and none.")
+    if settings.subsampling not in ("444", "422", "420"):
+        raise UserError(f"subsampling is {settings.subsampling!r}; it must be 444, 422 or 420.")
+
+
+def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
+    """Refuses captures that cannot be in one set of shards."""
+    if not captures:
+        raise UserError("There are no captures to pack. Give at least one capture folder.")
+    first = captures[0]
+    seen: dict[str, Capture] = {}
+    stems: dict[str, str] = {}
+    for capture in captures:
+        if capture.subject in seen:
+            raise UserError(
+                f"{capture.subject} is in two captures, {seen[capture.subject].capture_id} and"
+                f" {capture.capture_id}."
+                " Give one capture a subject."
+            )
+        seen[capture.subject] = capture
+        stem = _file_stem(capture.subject)
+        if stem in stems:
+            raise UserError(
+                f"The subjects {stems[stem]!r} and {capture.subject!r} would share file names. Rename one."
+            )
+        stems[stem] = capture.subject
+        for field, ours, theirs in (
+            ("expression kind", capture.expression_kind, first.expression_kind),
+            ("code length", capture.expressions.shape[1], first.expressions.shape[1]),
+            ("head", capture.head, first.head),
+        ):
+            if ours != theirs:
+                raise UserError(
+                    f"{capture.capture_id} has the {field} {ours} where {first.capture_id} has {theirs}."
+                    " Pack them into different folders."
+                )
+        if len(capture.timestep_ids) <= settings.n_inputs:
+            raise UserError(
+                f"{capture.capture_id} has {len(capture.timestep_ids)} timesteps; {settings.n_inputs} input"
+                " timesteps"
+                " and a target need at least one more. Record more, or lower n_inputs."
+            )
+        if len(capture.camera_ids) < settings.n_inputs:
+            raise UserError(
+                f"{capture.capture_id} has {len(capture.camera_ids)} cameras; an input set takes"
+                f" {settings.n_inputs}"
+                " different ones. Lower n_inputs."
+            )
+        if settings.prior == "depth" and not capture.has_depth:
+            raise UserError(
+                f"{capture.capture_id} has no depth. Pack it with prior none, or make priors for it first."
+            )
+
+
+def _split(subjects: list[str], heldout: int | Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out subjects, in the order given."""
+    if isinstance(heldout, int):
+        if not 0 <= heldout < len(subjects):
+            raise UserError(
+                f"heldout is {heldout} of {len(subjects)} subjects; at least one must be left to train on."
+            )
+        ranked = Draws(seed, "split").permutation(len(subjects))
+        held = {sorted(subjects)[i] for i in ranked[:heldout]}
+    else:
+        held = set(heldout)
+        for name in heldout:
+            if name not in subjects:
+                raise UserError(f"heldout names {name}, which is none of the captures' subjects.")
+    return [s for s in subjects if s not in held], [s for s in subjects if s in held]
+
+
+def _manifest(
+    out: Path,
+    settings: PackSettings,
+    first: Capture,
+    receipts: list[dict[str, Any]],
+    train: list[str],
+    heldout: list[str],
+) -> Manifest:
+    """The manifest of finished subjects."""
+    counted = [receipt for receipt in receipts if receipt["subject"] in train] or receipts
+    count = sum(receipt["count"] for receipt in counted)
+    mean = np.sum([receipt["sum"] for receipt in counted], 0) / count
+    variance = np.sum([receipt["sum_of_squares"] for receipt in counted], 0) / count - mean**2
+    shards = []
+    for receipt in receipts:
+        for shard in receipt["shards"]:
+            lists = {"index": tuple(shard["index"]), "views": tuple(shard["views"])}
+            inputs = tuple(tuple(steps) for steps in shard["inputs"])
+            shards.append(ShardInfo(**{**shard, **lists, "inputs": inputs}))
+    return Manifest(
+        folder=out,
+        expression_kind=first.expression_kind,
+        expression_length=first.expressions.shape[1],
+        expression_mean=tuple(mean.tolist()),
+        expression_std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
+        head=first.head,
+        settings=settings,
+        prior_error=None if settings.prior == "none" else max(receipt["prior_error"] for receipt in receipts),
+        train=tuple(train),
+        heldout=tuple(heldout),
+        shards=tuple(shards),
+    )
+
+
+def _file_stem(subject: str) -> str:
+    """A subject's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", subject)
+
+
+def _receipt_path(out: Path, subject: str) -> Path:
+    return out / f"{_file_stem(subject)}.packed.json"
+
+
+def _read_receipt(path: Path, out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """A finished subject's receipt, if there is one for the same capture and settings and its shards are
+    there.
+    """
+    try:
+        receipt: dict[str, Any] = json.loads(path.read_text())
+        if receipt["fingerprint"] != fingerprint:
+            return None
+        whole = all((out / shard["path"]).stat().st_size == shard["bytes"] for shard in receipt["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return receipt if whole else None

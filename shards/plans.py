@@ -1,0 +1,161 @@
+"""Which training example comes when: a pure function of the manifest and a few integers.
+
+The examples of all epochs form one endless sequence. Micro-batch `m` of all ranks together is the next
+`world_size * micro_batch` of it, and every rank takes its own stretch of that, so
+
+- the global order is the same at any world size, and every rank has the same number of batches for ever;
+- a run may start at any step, because any place of the sequence is computed directly;
+- an epoch is covered exactly. Where it does not end with a batch, the batch goes on with the next epoch.
+
+Within an epoch, the shards are put in random order and the examples, one a target timestep, are numbered
+through them. That line is cut into `lanes` stretches of equal length (to one), and the sequence goes round
+the lanes: each lane reads its shards from front to back, and neighbours in a batch come from different
+shards and mostly different people. A rank reads few lanes when `world_size * micro_batch` divides the number
+of lanes, but every number is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avatars.errors import UserError
+from shards.draws import Draws
+from shards.manifest import Manifest, ShardInfo
+
+__all__ = ["LANES", "Example", "Plan", "plan"]
+
+LANES = 64
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        position: its place in the endless sequence.
+        epoch: which pass over the data it belongs to.
+        shard: the shard, as a place in `Manifest.split(split)`.
+        target: the target timestep, as a place in the shard.
+        input_set: the input set of the shard; it does not contain the target timestep.
+        views: which of the target's views to compare.
+    """
+
+    position: int
+    epoch: int
+    shard: int
+    target: int
+    input_set: int
+    views: tuple[int, ...]
+
+
+class Plan:
+    """The endless sequence of examples.
+
+    Args:
+        shards: the shards of one split.
+        seed: of the order and all draws.
+        views: target views of an example.
+        lanes: how many stretches of an epoch are read side by side. Part of the order.
+
+    Raises:
+        UserError: there is no example, or a target has fewer views than asked for.
+    """
+
+    def __init__(self, shards: Sequence[ShardInfo], *, seed: int, views: int = 8, lanes: int = LANES) -> None:
+        self.shards, self.seed, self.views, self.lanes = tuple(shards), seed, views, lanes
+        if lanes < 1 or views < 1:
+            raise UserError(f"A plan needs at least one lane and one view, not {lanes} and {views}.")
+        for shard in self.shards:
+            if shard.views and min(shard.views) < views:
+                raise UserError(
+                    f"{shard.path} has a timestep with {min(shard.views)} views where {views} are asked for."
+                    " Ask for fewer target views."
+                )
+        self._counts = np.array([shard.targets - len(shard.excluded) for shard in self.shards], np.int64)
+        self.epoch_length = int(self._counts.sum())
+        if self.epoch_length == 0:
+            raise UserError(
+                "These shards hold no training example: no target timestep is outside all input sets of its"
+                " shard."
+                " Pack captures with more timesteps."
+            )
+        self._epoch = -1
+        self._order: np.ndarray = np.empty(0, np.int64)  # shards in the order of the epoch
+        self._ends: np.ndarray = np.empty(
+            0, np.int64
+        )  # and how many examples are in them up to each one's end
+
+    def example(self, position: int) -> Example:
+        """The example at a place of the sequence."""
+        epoch, place = divmod(position, self.epoch_length)
+        order, ends = self._epoch_order(epoch)
+        lane, depth = place % self.lanes, place // self.lanes
+        length, longer = divmod(self.epoch_length, self.lanes)  # the first `longer` lanes have one more
+        line = lane * length + min(lane, longer) + depth
+        nth = int(np.searchsorted(ends, line, side="right"))
+        index = int(order[nth])
+        shard = self.shards[index]
+        target = line - int(ends[nth] - self._counts[index])
+        for left_out in shard.excluded:  # sorted, and few
+            target += left_out <= target
+        draws = Draws("example", self.seed, epoch, shard.path, target)
+        sets = [j for j, steps in enumerate(shard.inputs) if target not in steps]
+        return Example(
+            position=position,
+            epoch=epoch,
+            shard=index,
+            target=target,
+            input_set=draws.choice(sets),
+            views=tuple(draws.sample(shard.views[target], self.views)),
+        )
+
+    def batch(self, step: int, *, micro_batch: int, world_size: int = 1, rank: int = 0) -> list[Example]:
+        """The examples of one rank's micro-batch number `step`, counted from the beginning of training."""
+        if micro_batch < 1 or not 0 <= rank < world_size or step < 0:
+            raise ValueError(f"no micro-batch {step} of {micro_batch} for rank {rank} of {world_size}")
+        first = (step * world_size + rank) * micro_batch
+        return [self.example(first + i) for i in range(micro_batch)]
+
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch != self._epoch:
+            order = np.array(Draws("epoch", self.seed, epoch).permutation(len(self.shards)), np.int64)
+            self._order, self._ends, self._epoch = order, np.cumsum(self._counts[order]), epoch
+        return self._order, self._ends
+
+
+def plan(
+    manifest: Manifest,
+    split: str,
+    *,
+    seed: int,
+    step: int,
+    micro_batch: int,
+    epoch: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+    views: int = 8,
+    lanes: int = LANES,
+) -> list[Example]:
+    """The examples of one rank's micro-batch: a pure function of its arguments.
+
+    Args:
+        manifest: of the shards.
+        split: "train" or "heldout".
+        seed: of the order and all draws.
+        step: number of the micro-batch, counted from the beginning of `epoch`; may be larger than an epoch.
+        micro_batch: examples in it.
+        epoch: the pass to count from. 0 is the beginning of training.
+        world_size: number of ranks.
+        rank: of these.
+        views: target views of an example.
+        lanes: stretches of an epoch that are read side by side; part of the order.
+
+    Returns:
+        `micro_batch` examples. Input sets never contain their target timestep.
+    """
+    whole = Plan(manifest.split(split), seed=seed, views=views, lanes=lanes)
+    first = epoch * whole.epoch_length + (step * world_size + rank) * micro_batch
+    return [whole.example(first + i) for i in range(micro_batch)]

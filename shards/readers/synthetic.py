@@ -1,0 +1,105 @@
+"""Captures that `headsplat synth` made: `capture.json` beside folders of PNGs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avatars.errors import UserError
+from shards.capture import Capture, View, check_matrices
+from shards.pictures import read_picture
+
+__all__ = ["SyntheticCapture"]
+
+SCHEMA = 1
+
+
+class SyntheticCapture(Capture):
+    """A capture in the synthetic layout.
+
+    Cameras are given once, in the studio's frame, and the head's pose at every timestep; `camera_matrices`
+    joins the two. Pictures are rendered over black, depth is 16-bit in units of `depth_unit` metres.
+    """
+
+    layout = "headsplat-synthetic"
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        file = self.path / "capture.json"
+        try:
+            description: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is not readable JSON ({error}). Run `headsplat synth` again.") from None
+        if description.get("layout") != self.layout:
+            raise UserError(
+                f"{file} has the layout {description.get('layout')!r}; this version reads {self.layout!r}."
+            )
+        if description.get("schema", 0) > SCHEMA:
+            raise UserError(
+                f"{file} has schema {description['schema']}, this version reads up to {SCHEMA}. Update"
+                " headsplat."
+            )
+        try:
+            self._describe(description, file)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{file} lacks a field or has one of the wrong shape: {error!r}. Run `headsplat synth` again."
+            ) from None
+
+    def _describe(self, description: dict[str, Any], file: Path) -> None:
+        self.subject = str(description["subject"])
+        self.capture_id = self.subject
+        height, width = description["size"]
+        self.size = (int(height), int(width))
+        self.expression_kind = str(description["expression_kind"])
+        self.camera_ids = [str(camera["id"]) for camera in description["cameras"]]
+        self._K = np.array([c["K"] for c in description["cameras"]], np.float64).reshape(-1, 3, 3)
+        self._studio = np.array([c["world_to_camera"] for c in description["cameras"]], np.float64).reshape(
+            -1, 4, 4
+        )
+        check_matrices(self._K, self._studio, str(file))
+        steps = description["timesteps"]
+        if not steps:
+            raise UserError(f"{file} has no timesteps. Run `headsplat synth` again.")
+        self.timestep_ids = [str(step["id"]) for step in steps]
+        for name, ids in (("cameras", self.camera_ids), ("timesteps", self.timestep_ids)):
+            if len(set(ids)) < len(ids):
+                raise UserError(f"{file} names one of its {name} twice. Run `headsplat synth` again.")
+        self.expressions = np.array([step["expression"] for step in steps], np.float32)
+        self._head_to_world = np.array([step["head_to_world"] for step in steps], np.float64).reshape(
+            -1, 4, 4
+        )
+        if self.expressions.ndim != 2 or not np.isfinite(self.expressions).all():
+            raise UserError(f"{file} has expression codes of different lengths or that are not finite.")
+        check_matrices(
+            np.broadcast_to(np.eye(3), (len(steps), 3, 3)), self._head_to_world, f"{file} (head_to_world)"
+        )
+        head = description.get("head")
+        if head is not None:
+            self.head = str(head["model"])
+            self.identity = np.array(head["identity"], np.float32)
+        self._depth_unit = float(description["depth_unit"])
+        self.has_depth = (self.path / "depth").is_dir()
+
+    def camera_matrices(self, t: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Intrinsics (V, 3, 3) in pixels and world-to-camera matrices (V, 4, 4) in the head frame of
+        timestep `t`.
+        """
+        return self._K, self._studio @ self._head_to_world[t]
+
+    def view(self, t: int, v: int, depth: bool = True) -> View:
+        """What camera `v` saw at timestep `t`; a rendered capture has every picture."""
+        name = f"{self.timestep_ids[t]}/{self.camera_ids[v]}.png"
+        z = None
+        if depth and self.has_depth:
+            stored = read_picture(self.path / "depth" / name, "I;16", self.size)
+            z = stored.astype(np.float32) * np.float32(self._depth_unit)
+        return View(
+            image=read_picture(self.path / "image" / name, "RGB", self.size),
+            mask=read_picture(self.path / "mask" / name, "L", self.size),
+            depth=z,
+        )

@@ -1,0 +1,243 @@
+"""Shards read back: whole subjects for evaluation and fits, and the pieces that training batches are made
+of.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatars.cameras import Cameras
+from avatars.errors import UserError
+from avatars.inputs import InputSet
+from shards.manifest import Manifest, ShardInfo
+from shards.pictures import decode_jpeg, decode_mask
+from shards.tarfiles import ShardReader
+
+__all__ = ["ShardSet", "SubjectShards", "Target", "open_shards"]
+
+
+def open_shards(folder: str | Path, split: str) -> ShardSet:
+    """Opens one split of a folder of shards.
+
+    Args:
+        folder: where `pack` wrote.
+        split: "train" or "heldout".
+
+    Raises:
+        UserError: no valid set of shards, or no such split.
+    """
+    return ShardSet(Manifest.load(folder), split)
+
+
+class ShardSet:
+    """One split of a folder of shards, by subject."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest = manifest
+        self.split = split
+        self.subjects = list(manifest.subjects(split))
+
+    def read(self, subject: str) -> SubjectShards:
+        """Everything about one subject. Pictures of targets are decoded when asked for.
+
+        Raises:
+            UserError: no such subject in this split, or a shard that cannot be read.
+        """
+        if subject not in self.subjects:
+            raise UserError(
+                f"{subject} is not among the {self.split} subjects of {self.manifest.folder}:"
+                f" {', '.join(self.subjects) or 'none'}."
+            )
+        return SubjectShards(self.manifest, [s for s in self.manifest.shards if s.subject == subject])
+
+
+class SubjectShards:
+    """One subject's input sets and target timesteps.
+
+    Attributes:
+        subject: name of the person.
+        targets: all target timesteps in the order of time.
+    """
+
+    def __init__(self, manifest: Manifest, shards: Sequence[ShardInfo]) -> None:
+        self.subject = shards[0].subject
+        self._size = manifest.size
+        self._readers = [ShardReader(manifest.folder / shard.path, shard.index) for shard in shards]
+        self.targets: list[Target] = sorted(
+            (
+                Target(reader, key, manifest.size)
+                for reader in self._readers
+                for key in reader.keys
+                if key.startswith("target-")
+            ),
+            key=lambda target: target.timestep,
+        )
+
+    @property
+    def input_sets(self) -> list[InputSet]:
+        """All input sets of the subject, decoded at each call."""
+        return [
+            read_input_set(reader, key, self._size)
+            for reader in self._readers
+            for key in reader.keys
+            if key.startswith("inputs-")
+        ]
+
+
+class Target:
+    """One timestep with all its views.
+
+    Attributes:
+        id: subject and timestep, unique in a set of shards.
+        timestep: name of the timestep in the capture.
+        expression: (E,) code.
+        cameras: V cameras in the head frame.
+        camera_ids: V names.
+    """
+
+    def __init__(self, reader: ShardReader, key: str, size: int) -> None:
+        self._reader, self._key, self._size = reader, key, size
+        described = read_description(reader, key)
+        self.timestep = str(described["timestep"])
+        self.id = f"{described['subject']}/{self.timestep}"
+        self.expression = torch.tensor(described["expression"], dtype=torch.float32)
+        self.camera_ids = [str(camera["camera"]) for camera in described["cameras"]]
+        self.cameras = cameras_of(described["cameras"])
+
+    def images(self, views: Sequence[int]) -> Tensor:
+        """Pictures (v, 3, H, W) float on black of the given views."""
+        return _to_float(self._decode(views)[0]).permute(0, 3, 1, 2).contiguous()
+
+    def masks(self, views: Sequence[int]) -> Tensor:
+        """Coverage (v, 1, H, W) in [0, 1] of the given views."""
+        return _to_float(self._decode(views, pictures=False)[1])[:, None]
+
+    def _decode(
+        self, views: Sequence[int], pictures: bool = True
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        views = [range(len(self.camera_ids))[v] for v in views]
+        images = np.empty((len(views), self._size, self._size, 3), np.uint8)
+        masks = np.empty((len(views), self._size, self._size), np.uint8)
+        decode_views(
+            self._reader, self._key, [f"{v:03d}" for v in views], images if pictures else None, masks
+        )
+        return images, masks
+
+
+def read_input_set(reader: ShardReader, key: str, size: int) -> InputSet:
+    """Decodes one input set of a shard."""
+    described = read_description(reader, key)
+    pictures = described["pictures"]
+    names = [f"{i:02d}" for i in range(len(pictures))]
+    images = np.empty((len(names), size, size, 3), np.uint8)
+    masks = np.empty((len(names), size, size), np.uint8)
+    decode_views(reader, key, names, images, masks)
+    positions, confidence = (
+        read_prior(reader, key, names, size) if described["prior"] != "none" else (None, None)
+    )
+    identity = described["identity"]
+    return InputSet(
+        images=_to_float(images).permute(0, 3, 1, 2).contiguous(),
+        masks=_to_float(masks)[:, None],
+        cameras=cameras_of(pictures),
+        positions=None if positions is None else torch.from_numpy(positions).float(),
+        confidence=None if confidence is None else torch.from_numpy(confidence).float(),
+        features=None,
+        expressions=torch.tensor([picture["expression"] for picture in pictures], dtype=torch.float32),
+        expression_kind=described["expression_kind"],
+        subject=described["subject"],
+        head=described["head"],
+        identity=None if identity is None else torch.tensor(identity, dtype=torch.float32),
+        provenance={
+            "id": f"{described['subject']}/{reader.path.stem}/{key}",
+            "capture": described["capture"],
+            "layout": described["layout"],
+            "shard": reader.path.name,
+            "prior": described["prior"],
+            "timesteps": [picture["timestep"] for picture in pictures],
+            "camera_ids": [picture["camera"] for picture in pictures],
+        },
+    )
+
+
+def read_description(reader: ShardReader, key: str) -> dict[str, Any]:
+    """The JSON of one sample."""
+    try:
+        described: dict[str, Any] = json.loads(reader.read(key, ["json"])["json"])
+        return described
+    except ValueError as error:
+        raise UserError(
+            f"{reader.path}: {key}.json cannot be read ({error}). Copy the shard again."
+        ) from None
+
+
+def decode_views(
+    reader: ShardReader,
+    key: str,
+    names: Sequence[str],
+    images: NDArray[np.uint8] | None,
+    masks: NDArray[np.uint8],
+) -> None:
+    """Decodes pictures and masks of one sample into `images` (v, H, W, 3), unless None, and `masks` (v, H,
+    W).
+
+    What JPEG smeared over the edge of the mask is removed.
+    """
+    wanted = [f"{name}.mask.png" for name in names]
+    if images is not None:
+        wanted += [f"{name}.jpg" for name in names]
+    found = reader.read(key, wanted)
+    for i, name in enumerate(names):
+        where = f"{reader.path}: {key}.{name}"
+        decode_mask(found[f"{name}.mask.png"], masks[i], f"{where}.mask.png")
+        if images is not None:
+            decode_jpeg(found[f"{name}.jpg"], images[i], f"{where}.jpg")
+            images[i][masks[i] == 0] = 0
+
+
+def read_prior(
+    reader: ShardReader, key: str, names: Sequence[str], size: int
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Position maps (N, 3, H, W) and confidence (N, 1, H, W) of one input set, as stored."""
+    wanted = [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")]
+    found = reader.read(key, wanted)
+
+    def stacked(kind: str, channels: int) -> NDArray[np.float16]:
+        maps = []
+        for name in names:
+            where = f"{reader.path}: {key}.{name}.{kind}.npy"
+            try:
+                array = np.load(io.BytesIO(found[f"{name}.{kind}.npy"]), allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise UserError(f"{where} cannot be read ({error}). Pack the shards again.") from None
+            if array.shape != (channels, size, size) or array.dtype != np.float16:
+                raise UserError(
+                    f"{where} is {array.dtype} {array.shape} where float16 {(channels, size, size)} is"
+                    " declared."
+                    " Pack the shards again."
+                )
+            maps.append(array)
+        return np.stack(maps)
+
+    return stacked("position", 3), stacked("confidence", 1)
+
+
+def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:
+    """Cameras from their descriptions in a sample's JSON."""
+    return Cameras(
+        torch.tensor([camera["K"] for camera in described], dtype=torch.float32),
+        torch.tensor([camera["world_to_camera"] for camera in described], dtype=torch.float32),
+    )
+
+
+def _to_float(pictures: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pictures).float() / 255

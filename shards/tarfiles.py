@@ -1,0 +1,194 @@
+"""A shard on disk: a WebDataset tar with fixed headers, whose last member says where everything is.
+
+Every tool that reads WebDataset reads a shard from front to back. The last member, `index.json`, also lets a
+reader with random access fetch the dozen members that one training example uses out of the hundred and more
+of a timestep. The index is only a hint: each member's own tar header is compared with it before its bytes
+are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from pathlib import Path
+from types import TracebackType
+
+from avatars.errors import UserError
+
+__all__ = ["INDEX_KEY", "ShardReader", "ShardWriter"]
+
+BLOCK = tarfile.BLOCKSIZE
+INDEX_KEY = "index"
+
+
+def _header(name: str, size: int) -> bytes:
+    """A member's tar header. Owner, time and mode are fixed, so that equal content makes equal files."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+class ShardWriter:
+    """Writes one shard; the file gets its name only when everything is in it.
+
+    Used as a context manager. Leaving it with an error removes what was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._layouts: dict[tuple[str, ...], int] = {}
+        self._samples: list[tuple[str, int, int, list[int]]] = []
+        self.index: tuple[int, int] = (0, 0)  # where the index's bytes are: offset, size
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._partial.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            if kind is None and self._position:
+                self._partial.replace(self.path)
+            else:
+                self._partial.unlink(missing_ok=True)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the file has so far."""
+        return self._position
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written so far."""
+        return self._hash.hexdigest()
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Appends one sample: members named `key.extension`, in the order given."""
+        layout = self._layouts.setdefault(tuple(members), len(self._layouts))
+        self._samples.append((key, self._position, layout, [len(data) for data in members.values()]))
+        for extension, data in members.items():
+            self._member(f"{key}.{extension}", data)
+
+    def _member(self, name: str, data: bytes) -> None:
+        for part in (_header(name, len(data)), data, bytes(_padded(len(data)) - len(data))):
+            self._file.write(part)
+            self._hash.update(part)
+            self._position += len(part)
+
+    def _finish(self) -> None:
+        index = {
+            "version": 1,
+            "layouts": [list(layout) for layout in self._layouts],
+            "samples": self._samples,
+        }
+        data = json.dumps(index, separators=(",", ":")).encode()
+        self.index = (self._position + BLOCK, len(data))
+        self._member(f"{INDEX_KEY}.json", data)
+        end = bytes(2 * BLOCK)
+        self._file.write(end)
+        self._hash.update(end)
+        self._position += len(end)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class ShardReader:
+    """Reads members of a shard by name, from a local file. Safe to use from several threads.
+
+    Args:
+        path: the tar.
+        index: offset and size of the index's bytes, as the manifest gives them.
+
+    Raises:
+        UserError: the file is not there, cut short, or its index cannot be read; every read may raise it too.
+    """
+
+    def __init__(self, path: Path, index: tuple[int, int]) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be opened ({error.strerror}). Pack or copy the shards again."
+            ) from None
+        self._bytes = os.fstat(self._file).st_size
+        try:
+            data = self._read(index[0] - BLOCK, f"{INDEX_KEY}.json", index[1])
+            content = json.loads(data)
+            layouts = [tuple(layout) for layout in content["layouts"]]
+            self._samples = {
+                key: (offset, layouts[layout], sizes) for key, offset, layout, sizes in content["samples"]
+            }
+        except (ValueError, KeyError, TypeError, IndexError):
+            os.close(self._file)
+            raise UserError(
+                f"{path}: the index at the end cannot be read. Pack or copy the shards again."
+            ) from None
+        except UserError:
+            os.close(self._file)
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the samples, in the order they are in the file."""
+        return list(self._samples)
+
+    def extensions(self, key: str) -> tuple[str, ...]:
+        """What a sample has, in the order it is in the file."""
+        return self._sample(key)[1]
+
+    def read(self, key: str, wanted: list[str]) -> dict[str, bytes]:
+        """The bytes of the `wanted` extensions of one sample."""
+        offset, extensions, sizes = self._sample(key)
+        found = {}
+        remaining = set(wanted)
+        for extension, size in zip(extensions, sizes, strict=True):
+            if extension in remaining:
+                found[extension] = self._read(offset, f"{key}.{extension}", size)
+                remaining.discard(extension)
+            offset += BLOCK + _padded(size)
+        if remaining:
+            raise UserError(f"{self.path}: {key} has no {min(remaining)}. Pack the shards again.")
+        return found
+
+    def _sample(self, key: str) -> tuple[int, tuple[str, ...], list[int]]:
+        if key not in self._samples:
+            raise UserError(f"{self.path} has no sample {key}. Pack or copy the shards again.")
+        return self._samples[key]
+
+    def _read(self, offset: int, name: str, size: int) -> bytes:
+        """The bytes of the member whose header is at `offset`."""
+        if offset < 0 or size < 0:
+            raise UserError(
+                f"{self.path} is damaged: the index places {name} at {offset}. Copy the shard again."
+            )
+        inside = offset + BLOCK + size <= self._bytes  # asked first: a wrong size must not allocate
+        data = os.pread(self._file, BLOCK + size, offset) if inside else b""
+        if len(data) < BLOCK + size:
+            raise UserError(
+                f"{self.path} is cut short: {name} ends after the file does. Copy the shard again."
+            )
+        if data[:100].rstrip(b"\0") != name.encode() or data[124:135] != b"%011o" % size:
+            raise UserError(
+                f"{self.path} is damaged: there is no {name} where its index says. Copy the shard again."
+            )
+        return data[BLOCK:]
