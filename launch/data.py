@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from avatars.errors import UserError
 from launch.options import parse
-from launch.recipes import find_recipe
 from launch.workspace import Workspace
+
+if TYPE_CHECKING:
+    from shards import Manifest
 
 __all__ = ["DEMO", "DemoCaptures", "check", "demo_shards", "info", "pack", "shards_for", "synth"]
 
 
 @dataclass(frozen=True)
 class DemoCaptures:
-    """How much `make train` makes when no DATA is given."""
+    """How much is made when no data are given."""
 
     subjects: int = 8
+    """Synthetic people."""
     timesteps: int = 5
+    """Moments of each, every one with its own expression."""
     views: int = 80
+    """Cameras on the dome."""
     size: int = 128
+    """Side of the pictures in pixels; at least the recipe's."""
     heldout: int = 2
+    """People that are kept from training."""
     input_sets: int = 3
+    """Input sets of a person."""
+    seed: int = 0
+    """People of one seed are always the same."""
 
 
 DEMO = DemoCaptures()
@@ -92,6 +102,32 @@ def pack(words: list[str]) -> None:
     print(f"{len(manifest.shards)} shards in {options.out}. Next: headsplat shards check {options.out}")
 
 
+def pack_folder(options: PackOptions) -> Manifest:
+    """Packs every capture in a folder.
+
+    Raises:
+        UserError: the folder is not there or holds no captures.
+    """
+    from shards import pack as pack_captures
+    from shards import read_capture
+
+    if not options.captures.is_dir():
+        raise UserError(f"{options.captures} is not there. Name a folder of captures, or make one: headsplat synth.")
+    folders = sorted(f for f in options.captures.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not folders:
+        raise UserError(f"{options.captures} holds no captures. Make some with `headsplat synth {options.captures}`.")
+    return pack_captures(
+        [read_capture(folder) for folder in folders],
+        options.out,
+        size=options.size,
+        heldout=[folder.name for folder in folders[len(folders) - options.heldout :]],
+        input_sets=options.input_sets,
+        n_inputs=options.input_views,
+        seed=options.seed,
+        progress=print,
+    )
+
+
 @dataclass(frozen=True)
 class FolderOptions:
     """Names a folder of packed shards."""
@@ -100,7 +136,7 @@ class FolderOptions:
     """Folder of packed shards."""
 
 
-def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures = DEMO) -> Path:
+def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
     """The demo's shards at a picture size, made if they are not there yet.
 
     Args:
@@ -120,6 +156,7 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures = DEMO) -> P
         timesteps=demo.timesteps,
         views=demo.views,
         size=max(demo.size, size),
+        seed=demo.seed,
     )
     pack_folder(
         PackOptions(workspace.captures, out, size=size, heldout=demo.heldout, input_sets=demo.input_sets)
@@ -127,8 +164,14 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures = DEMO) -> P
     return out
 
 
-def shards_for(data: Path | None, workspace: Workspace, recipe: str) -> Path:
+def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
     """The shards that a command works on: the ones given, or the demo's.
+
+    Args:
+        data: folder of packed shards, or None.
+        workspace: where the demo's are kept.
+        size: side of the demo's packed pictures in pixels.
+        demo: how much to make.
 
     Raises:
         UserError: `data` is given and is no folder of shards.
@@ -138,4 +181,4 @@ def shards_for(data: Path | None, workspace: Workspace, recipe: str) -> Path:
     if data is not None:
         Manifest.load(data)  # says what is wrong before anything starts
         return data
-    return demo_shards(workspace, find_recipe(recipe).model.size)
+    return demo_shards(workspace, size, demo)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from launch.data import DEMO, DemoCaptures
 from launch.options import parse
 from launch.training import LaunchOptions, run_training
 from launch.workspace import Workspace
@@ -30,6 +31,8 @@ class DemoOptions:
     """Port of the ranks' rendezvous; any free one by default."""
     args: str = ""
     """Overrides of the recipe, as one string."""
+    demo: DemoCaptures = DEMO
+    """What to make when no data are given."""
 
 
 def demo(words: list[str]) -> None:
@@ -43,7 +46,12 @@ def demo(words: list[str]) -> None:
     workspace = Workspace(options.out)
     shards, run = run_training(
         LaunchOptions(
-            recipe=options.recipe, data=options.data, out=options.out, port=options.port, args=options.args
+            recipe=options.recipe,
+            data=options.data,
+            out=options.out,
+            port=options.port,
+            args=options.args,
+            demo=options.demo,
         )
     )
     rows = evaluate_training(run, shards, workspace)

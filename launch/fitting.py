@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from avatars.errors import UserError
+from launch.data import DEMO, DemoCaptures, shards_for
 from launch.options import parse
 from launch.workspace import Workspace
 
@@ -25,16 +26,19 @@ class FitOptions:
     """Folder of packed shards; the demo's by default, made when they are not there."""
     out: Path = Path("work")
     """Folder of fits and results."""
+    size: int = 96
+    """Side of the pictures in pixels, where demo captures are made."""
+    demo: DemoCaptures = DEMO
+    """What to make when no data are given."""
 
 
 def fit(words: list[str]) -> int:
     """`headsplat fit METHOD`."""
-    from launch.data import shards_for
     from launch.evaluation import evaluate_fits, show_table
 
     options = parse(FitOptions, words, "fit")
     workspace = Workspace(options.out)
-    shards = shards_for(options.data, workspace, "avat3r-cpu")
+    shards = shards_for(options.data, workspace, options.size, options.demo)
     run_fits(options, shards, workspace)
     show_table(evaluate_fits(options.method, shards, workspace), workspace)
     return 0

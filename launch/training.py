@@ -6,13 +6,15 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from avatars.errors import UserError
+from launch.data import DEMO, DemoCaptures, shards_for
 from launch.options import parse
 from launch.preflight import check_hosts, free_port
 from launch.recipes import RECIPES, find_recipe
@@ -61,7 +63,6 @@ def train_rank(options: TrainOptions) -> int:
     """This process as one rank of a training."""
     import torch
 
-    from eval.tracking import TrainingRun
     from train.loop import Preempted, single_process_environment
     from train.loop import train as run_loop
     from train.tasks.avat3r import Avat3rTask
@@ -72,15 +73,10 @@ def train_rank(options: TrainOptions) -> int:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank = int(os.environ["RANK"])
     config = options.config
-    task = Avat3rTask(config.model, config.loss)
     log = RunLog(options.run, rank)
     try:
-        if rank == 0 and options.tracking:
-            with TrainingRun(options.tracking, config.recipe, options.run, config.to_json()) as tracker:
-                log.tracker = tracker
-                run_loop(task, config, options.data, options.run, log)
-        else:
-            run_loop(task, config, options.data, options.run, log)
+        with tracked(options, rank) as log.tracker:
+            run_loop(Avat3rTask(config.model, config.loss), config, options.data, options.run, log)
     except Preempted as stop:
         log.say(str(stop))
         return PREEMPTED
@@ -90,6 +86,15 @@ def train_rank(options: TrainOptions) -> int:
     finally:
         log.close()
     return 0
+
+
+def tracked(options: TrainOptions, rank: int) -> AbstractContextManager[Any]:
+    """The MLflow run of a training; only rank 0 has one, as every writer more would be a run more."""
+    if rank != 0 or not options.tracking:
+        return nullcontext()
+    from eval.tracking import TrainingRun
+
+    return TrainingRun(options.tracking, options.config.recipe, options.run, options.config.to_json())
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class LaunchOptions:
     """Port of the ranks' rendezvous; any free one by default."""
     args: str = ""
     """Overrides of the recipe, as one string: "--steps 100 --optimizer.lr 1e-4"."""
+    demo: DemoCaptures = DEMO
+    """What to make when no data are given."""
 
 
 def launch(words: list[str]) -> int:
@@ -135,8 +142,6 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     Raises:
         UserError: a check failed, or the training ended without finishing.
     """
-    from launch.data import shards_for
-
     config = find_recipe(options.recipe)
     check_hosts(options.nodes, options.hostfile)
     port = free_port(options.port)
@@ -147,7 +152,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     parse(
         TrainOptions, overrides, f"train {options.recipe}", TrainOptions(config=config, data=Path("."), run=Path("."))
     )
-    shards = shards_for(options.data, workspace, options.recipe)
+    shards = shards_for(options.data, workspace, config.model.size, options.demo)
     command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
     status = subprocess.run(command, env=rank_environment()).returncode
     if status != 0:

@@ -21,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
+from eval.hashing import short_hash
 from eval.provenance import versions
 from shards import BatchLoader, Manifest
 from train import checkpoint
@@ -55,6 +56,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     manifest = Manifest.load(data)
+    fingerprint = short_hash(sorted(shard.sha256 for shard in manifest.shards))
     stop = StopSignal()
 
     with claimed(run):
@@ -62,11 +64,11 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         module = task.build()
         provenance = {
             "recipe": config.recipe,
-            "data": manifest.fingerprint,
+            "data": fingerprint,
             "expression_kind": manifest.expression_kind,
             "versions": versions(),
         }
-        newest = agreed_checkpoint(run, config, manifest.fingerprint)
+        newest = agreed_checkpoint(run, config, fingerprint)
         if newest is None and rank == 0:
             task.export(module, run / "initial", provenance | {"step": 0})
         engine, *_ = deepspeed.initialize(
@@ -116,7 +118,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
                     micro_batches=done * config.accumulate,
                     world_size=world_size,
                     config=config.to_json(),
-                    data=manifest.fingerprint,
+                    data=fingerprint,
                     versions=versions(),
                     tracking_run=log.tracking_run,
                 )

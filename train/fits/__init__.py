@@ -8,8 +8,8 @@ from train.fits.flashavatar import flashavatar, flashavatar_cpu, flashavatar_pap
 __all__ = ["RECIPES", "Fit", "FitConfig", "fit_key", "run_fit"]
 
 RECIPES: dict[str, Callable[[], FitConfig]] = {
-    "flashavatar": flashavatar,
     "flashavatar-cpu": flashavatar_cpu,
+    "flashavatar-gpu": flashavatar,
     "flashavatar-paper": flashavatar_paper,
 }
 """Complete configurations by name."""

@@ -1,17 +1,18 @@
 """Fitting an avatar to one person: a loop that fits on a screen and knows only a `Fit`.
 
-A `Fit` is to one subject what a `Task` is to the trainer: it is built from the person's pictures, takes steps, says
-what has to be saved to go on later, and gives the avatar at the end.
+A `Fit` is to one subject what a `Task` is to the trainer: it is built from the person's pictures, takes
+steps, says what has to be saved to go on later, and gives the avatar at the end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from avatars.errors import UserError
 from avatars.inputs import InputSet
 from avatars.method import Avatar
 
-__all__ = ["Fit", "FitConfig", "FitProgress", "fit_key", "forget_checkpoint", "run_fit"]
+__all__ = ["Fit", "FitConfig", "FitProgress", "Fitted", "fit_key", "forget_checkpoint", "run_fit"]
 
 CHECKPOINT = "checkpoint.pt"
 SCHEMA = 1
@@ -30,11 +31,26 @@ FitProgress = Callable[[int, int, dict[str, float]], None]
 """Called after every step with the steps done, the steps in all, and the step's losses."""
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A finished fit."""
+
+    avatar: Avatar
+    seconds: float
+    """Wall time of building and stepping, what came before an interruption included."""
+    resumed_from: int
+    """Step of the checkpoint that it went on from, 0 for none."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the result should know."""
+
+
 class Fit(Protocol):
     """One person being fitted."""
 
     step: int
     """Steps taken."""
+    notes: list[str]
+    """What a reader of the result should know, such as a part of the loss that had to be left out."""
 
     def advance(self) -> dict[str, float]:
         """Takes one optimiser step and returns its losses; `loss` is the sum."""
@@ -84,8 +100,8 @@ def fit_key(config: FitConfig, inputs: Any = None) -> str:
     """A short hash that tells fits apart: same configuration, same inputs, same key.
 
     Args:
-        config: the configuration, a dataclass.
-        inputs: what identifies the pictures, JSON-able (hashes of shards, the subject, the number of the input set).
+        config: the configuration, a dataclass. inputs: what identifies the pictures, JSON-able (hashes of
+            shards, the subject, the number of the input set).
     """
     if not is_dataclass(config) or isinstance(config, type):
         raise TypeError("a fit's configuration is a dataclass")
@@ -101,11 +117,11 @@ def run_fit(
     key: str | None = None,
     device: str = "cpu",
     on_step: FitProgress | None = None,
-) -> tuple[Avatar, float]:
+) -> Fitted:
     """Fits one person, going on from the checkpoint in `folder` when it is of the same fit.
 
-    A fit that goes on gives the same avatar, bit by bit on a CPU, as one that never stopped. The checkpoint stays
-    until the caller has saved the avatar and calls `forget_checkpoint`.
+    A fit that goes on gives the same avatar, bit by bit on a CPU, as one that never stopped. The checkpoint
+    stays until the caller has saved the avatar and calls `forget_checkpoint`.
 
     Args:
         config: what to fit and how.
@@ -115,9 +131,6 @@ def run_fit(
         device: where to compute.
         on_step: progress.
 
-    Returns:
-        The avatar, and the seconds that building and stepping took, those before an interruption included.
-
     Raises:
         UserError: the pictures cannot be fitted, or the loss is not finite.
     """
@@ -126,17 +139,18 @@ def run_fit(
     key = key or fit_key(config)
     started = time.perf_counter()
     fit = config.build(inputs, device)
-    spent = 0.0
+    spent, resumed_from = 0.0, 0
     saved = _read_checkpoint(folder / CHECKPOINT, key)
     if saved is not None:
         fit.load_state_dict(saved["fit"])
-        spent = saved["seconds"]
+        spent, resumed_from = saved["seconds"], fit.step
 
     while fit.step < config.steps:
         losses = fit.advance()
-        if not all(map(torch.isfinite, map(torch.tensor, losses.values()))):
+        if not all(map(math.isfinite, losses.values())):
             raise UserError(
-                f"The fit of {inputs.subject} got a loss that is not finite at step {fit.step}; its pictures or "
+                f"The fit of {inputs.subject} got a loss that is not finite at step {fit.step}; its pictures "
+                "or "
                 "cameras are likely wrong, or a learning rate is too high."
             )
         if on_step is not None:
@@ -144,7 +158,7 @@ def run_fit(
         if fit.step % config.checkpoint_every == 0 or fit.step == config.steps:
             seconds = spent + time.perf_counter() - started
             _write_checkpoint(folder / CHECKPOINT, {"key": key, "seconds": seconds, "fit": fit.state_dict()})
-    return fit.avatar(), spent + time.perf_counter() - started
+    return Fitted(fit.avatar(), spent + time.perf_counter() - started, resumed_from, tuple(fit.notes))
 
 
 def forget_checkpoint(folder: str | Path) -> None:
@@ -167,7 +181,8 @@ def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(
-            f"The checkpoint {path} cannot be written ({error.strerror}); the older one is whole. Make room and run "
+            f"The checkpoint {path} cannot be written ({error.strerror}); the older one is whole. Make room "
+            "and run "
             "the same command again to go on."
         ) from error
 
@@ -178,5 +193,7 @@ def _read_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"The checkpoint {path} cannot be read; delete it to fit again from the start.") from error
+        raise UserError(
+            f"The checkpoint {path} cannot be read; delete it to fit again from the start."
+        ) from error
     return state if state.get("key") == key else None

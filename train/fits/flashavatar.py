@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
 from avatars.flashavatar.avatar import HeadMesh
+from avatars.gaussians import SH_C0, Gaussians, rgb_to_sh
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
 from train.fits.look import neighbour_distance, quaternions_from_z, sample_colors, spread_colors
@@ -19,8 +20,6 @@ from train.fits.perceptual import load_lpips
 
 __all__ = ["FlashAvatarFit", "FlashAvatarFitConfig", "flashavatar", "flashavatar_cpu", "flashavatar_paper"]
 
-SH_C0 = 0.28209479177387814
-"""The constant spherical harmonic: colour = 0.5 + SH_C0 * coefficient."""
 THICKNESS = 0.3
 """Start of a Gaussian across the surface, as a share of its size along it (only with `look="pictures"`)."""
 
@@ -41,14 +40,15 @@ class FlashAvatarFitConfig:
     """Seed of the network's start and of the order of pictures."""
 
     look: Literal["grey", "pictures"] = "grey"
-    """Start grey, round and of `opacity`, as the authors do, or flat on the skin in the pictures' colours (ours)."""
+    """Start grey, round and of `opacity`, as the authors do, or flat on the skin in the pictures' colours
+    (ours)."""
     mirror: bool = True
     """With `look="pictures"`: what no picture shows may take its colour from the other side of the face."""
     opacity: float = 0.1
     """Opacity at the start."""
     background: Literal["green", "black", "white", "random"] = "green"
-    """What pictures and renderings stand on: the authors' green, or a new random colour each step, which keeps
-    Gaussians from painting the background (ours)."""
+    """What pictures and renderings stand on: the authors' green, or a new random colour each step, which
+    keeps Gaussians from painting the background (ours)."""
 
     huber_delta: float = 0.1
     """Where the Huber loss turns from square to linear."""
@@ -59,8 +59,8 @@ class FlashAvatarFitConfig:
     lpips_from: int = 15_000
     """Steps before LPIPS counts."""
     anchor_weight: float = 0.0
-    """Pull towards the start of everything that is learned (ours): a side that no picture shows keeps its first
-    look instead of drifting with the optimiser's noise."""
+    """Pull towards the start of everything that is learned (ours): a side that no picture shows keeps its
+    first look instead of drifting with the optimiser's noise."""
 
     sh_every: int = 500
     """Steps between degrees of spherical harmonics."""
@@ -75,7 +75,8 @@ class FlashAvatarFitConfig:
     rate_offsets: float = 1e-4
     """Adam rate of the offset network."""
     final_rate: float = 1.0
-    """All rates fall exponentially to this share at the last step; 1 keeps them constant, as the authors do."""
+    """All rates fall exponentially to this share at the last step; 1 keeps them constant, as the authors
+    do."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "pictures_per_step", "checkpoint_every", "sh_every"):
@@ -83,7 +84,9 @@ class FlashAvatarFitConfig:
                 raise UserError(f"FlashAvatar: {name} is {getattr(self, name)} and must be at least 1.")
         for name in ("opacity", "final_rate", "huber_delta"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"FlashAvatar: {name} is {getattr(self, name)} and must be above 0, at most 1.")
+                raise UserError(
+                    f"FlashAvatar: {name} is {getattr(self, name)} and must be above 0, at most 1."
+                )
 
     @property
     def method(self) -> str:
@@ -102,7 +105,7 @@ class FlashAvatarFitConfig:
 
 
 def flashavatar_paper() -> FlashAvatarFitConfig:
-    """The authors' program: 128², 150,000 steps, green background, offsets up to a metre. Made for minutes of video."""
+    """The authors' program, made for minutes of video: 128², 150,000 steps, offsets of up to a metre."""
     return FlashAvatarFitConfig(model=paper_model())
 
 
@@ -144,7 +147,11 @@ class FlashAvatarFit:
     """One person's FlashAvatar on its way."""
 
     def __init__(
-        self, config: FlashAvatarFitConfig, inputs: InputSet, device: str = "cpu", head: HeadMesh | None = None
+        self,
+        config: FlashAvatarFitConfig,
+        inputs: InputSet,
+        device: str = "cpu",
+        head: HeadMesh | None = None,
     ) -> None:
         """Builds the avatar and gives it its first look.
 
@@ -159,7 +166,8 @@ class FlashAvatarFit:
         if inputs.expressions.shape[1] != head.n_expression:
             raise UserError(
                 f"The pictures of {inputs.subject} have {inputs.expression_kind} codes of "
-                f"{inputs.expressions.shape[1]} numbers and the head {config.model.head!r} takes {head.n_expression}."
+                f"{inputs.expressions.shape[1]} numbers and the head {config.model.head!r} takes "
+                f"{head.n_expression}."
             )
         self.config = config
         self.step = 0
@@ -168,7 +176,11 @@ class FlashAvatarFit:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = FlashAvatar(
-                config.model, head, inputs.identity, inputs.expression_kind, inputs.provenance  # type: ignore[arg-type]
+                config.model,
+                head,
+                inputs.identity,
+                inputs.expression_kind,
+                inputs.provenance,  # type: ignore[arg-type]
             )
         self.model = model.to(device)
         self.centers = self.model.posed_centers(self.inputs.expressions)  # (P, N, 3)
@@ -184,9 +196,12 @@ class FlashAvatarFit:
             "quaternion": config.rate_rotation,
         }
         groups: list[dict[str, Any]] = [
-            {"params": [self.model.get_parameter(name)], "lr": rate, "eps": 1e-15} for name, rate in self.rates.items()
+            {"params": [self.model.get_parameter(name)], "lr": rate, "eps": 1e-15}
+            for name, rate in self.rates.items()
         ]
-        groups.append({"params": list(self.model.offsets.parameters()), "lr": config.rate_offsets, "eps": 1e-8})
+        groups.append(
+            {"params": list(self.model.offsets.parameters()), "lr": config.rate_offsets, "eps": 1e-8}
+        )
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.lpips = self._lpips()
 
@@ -198,7 +213,9 @@ class FlashAvatarFit:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         background = self._background()
-        chosen = torch.randperm(len(self.inputs), generator=self.generator)[: config.pictures_per_step].tolist()
+        chosen = torch.randperm(len(self.inputs), generator=self.generator)[
+            : config.pictures_per_step
+        ].tolist()
 
         total: dict[str, Tensor] = {}
         for picture in chosen:
@@ -244,13 +261,15 @@ class FlashAvatarFit:
             inside = nn.functional.huber_loss(rendered * mouth, target * mouth, delta=config.huber_delta)
             losses["mouth"] = config.mouth_weight * inside
         if self.lpips is not None and self.step >= config.lpips_from:
-            losses["lpips"] = config.lpips_weight * self.lpips(rendered * mask * 2 - 1, target * mask * 2 - 1).mean()
+            losses["lpips"] = (
+                config.lpips_weight * self.lpips(rendered * mask * 2 - 1, target * mask * 2 - 1).mean()
+            )
         if config.anchor_weight:
             losses["anchor"] = config.anchor_weight * self._drift(self.centers[picture], gaussians)
         return losses
 
-    def _drift(self, centers: Tensor, gaussians: Any) -> Tensor:
-        """How far the Gaussians are from their start: centimetres, log-scales, colours and opacities, squared."""
+    def _drift(self, centers: Tensor, gaussians: Gaussians) -> Tensor:
+        """How far Gaussians are from their start: centimetres, log-scales, colours, opacities; squared."""
         start = self.start
         moved = (gaussians.means - centers).square().sum(-1).mean() / 0.01**2
         grown = (gaussians.scales.log() - start["log_scale"]).square().mean()
@@ -302,38 +321,53 @@ class FlashAvatarFit:
         depths = torch.cat(
             [
                 rasterize(
-                    model.deform(self.centers[index], inputs.expressions[index]), inputs.cameras[index], inputs.size
+                    model.deform(self.centers[index], inputs.expressions[index]),
+                    inputs.cameras[index],
+                    inputs.size,
                 ).depth
                 for index in range(len(inputs))
             ]
         )
         colors, weights = sample_colors(
-            self.centers, normals, inputs.images, inputs.masks, depths, inputs.cameras, slack=3 * float(size.median())
+            self.centers,
+            normals,
+            inputs.images,
+            inputs.masks,
+            depths,
+            inputs.cameras,
+            slack=3 * float(size.median()),
         )
         if not bool((weights > 0).any()):
             raise UserError(
-                f"No picture of {inputs.subject} shows the tracked head; its cameras or its head poses do not belong "
+                f"No picture of {inputs.subject} shows the tracked head; its cameras or its head poses do "
+                "not belong "
                 "to its pictures."
             )
         neutral = model.posed_centers(torch.zeros_like(inputs.expressions[:1]))[0]
         colors = spread_colors(neutral, colors, weights, config.mirror)
-        model.sh_dc.copy_(((colors - 0.5) / SH_C0)[:, None])
+        model.sh_dc.copy_(rgb_to_sh(colors)[:, None])
 
 
 def _check(config: FlashAvatarFitConfig, inputs: InputSet) -> None:
     if inputs.identity is None or inputs.head is None:
         raise UserError(
-            f"FlashAvatar needs a tracked head and the pictures of {inputs.subject} have none (no identity code); "
-            "track the capture with a parametric head, or use a method that needs no tracking, such as avat3r."
+            f"FlashAvatar needs a tracked head and the pictures of {inputs.subject} have none (no identity "
+            "code); "
+            "track the capture with a parametric head, or use a method that needs no tracking, such as "
+            "avat3r."
         )
     if inputs.head != config.model.head:
         raise UserError(
-            f"The pictures of {inputs.subject} are tracked with the head {inputs.head!r} and this fit is set up for "
+            f"The pictures of {inputs.subject} are tracked with the head {inputs.head!r} and this fit is set "
+            "up for "
             f"{config.model.head!r}; set --model.head {inputs.head}."
         )
-    if len(inputs) == 0 or not len(inputs) == len(inputs.expressions) == len(inputs.cameras) == len(inputs.masks):
+    if len(inputs) == 0 or not len(inputs) == len(inputs.expressions) == len(inputs.cameras) == len(
+        inputs.masks
+    ):
         raise UserError(
             f"The input set of {inputs.subject} has {len(inputs)} pictures, {len(inputs.masks)} masks, "
-            f"{len(inputs.cameras)} cameras and {len(inputs.expressions)} expression codes; a fit needs one of each "
+            f"{len(inputs.cameras)} cameras and {len(inputs.expressions)} expression codes; a fit needs one "
+            "of each "
             "for every picture."
         )

@@ -1,7 +1,9 @@
-"""The first look of Gaussians on a surface: size from their neighbours, direction from it, colour from the pictures.
+"""The first look of Gaussians on a surface: size from their neighbours, direction from it, colour from the
+pictures.
 
-The paper starts grey, round and nearly transparent, which minutes of video forgive; four pictures leave much of the
-head unseen, so these starts are ours: an opaque skin whose unseen parts borrow from the nearest seen ones.
+The paper starts grey, round and nearly transparent, which minutes of video forgive; four pictures leave much
+of the head unseen, so these starts are ours: an opaque skin whose unseen parts borrow from the nearest seen
+ones.
 """
 
 from __future__ import annotations
@@ -38,7 +40,13 @@ def quaternions_from_z(normals: Tensor) -> Tensor:
 
 
 def sample_colors(
-    centers: Tensor, normals: Tensor, images: Tensor, masks: Tensor, depths: Tensor, cameras: Cameras, slack: float
+    centers: Tensor,
+    normals: Tensor,
+    images: Tensor,
+    masks: Tensor,
+    depths: Tensor,
+    cameras: Cameras,
+    slack: float,
 ) -> tuple[Tensor, Tensor]:
     """Colours of surface points as the pictures show them.
 
@@ -52,11 +60,12 @@ def sample_colors(
         slack: metres that a point may lie behind the seen surface and still be called visible.
 
     Returns:
-        (N, 3) colours, and (N,) weights: the sum over pictures of the squared cosine, 0 for a point never seen.
+        (N, 3) colours, and (N,) weights: the sum over pictures of the squared cosine, 0 for a point never
+        seen.
     """
     height, width = images.shape[-2:]
     scale = torch.tensor([2 / width, 2 / height]).to(centers)
-    colors, weights = 0.0, 0.0
+    colors, weights = torch.zeros_like(centers[0]), torch.zeros_like(centers[0, :, 0])
     for index in range(len(images)):
         camera = cameras[index]
         pixels, depth = camera.project(centers[index])
@@ -65,11 +74,13 @@ def sample_colors(
         seen = nn.functional.grid_sample(layers, grid, align_corners=False)[0, :, 0].T  # (N, 5)
         towards = nn.functional.normalize(camera.centers - centers[index], dim=-1)
         cosine = (towards * normals[index]).sum(-1)
-        visible = (cosine > MIN_COSINE) & (depth[0] > 0) & (seen[:, 3] > 0.99) & (depth[0] < seen[:, 4] + slack)
+        visible = (
+            (cosine > MIN_COSINE) & (depth[0] > 0) & (seen[:, 3] > 0.99) & (depth[0] < seen[:, 4] + slack)
+        )
         weight = torch.where(visible, cosine.square(), 0.0)
         colors = colors + weight[:, None] * seen[:, :3]
         weights = weights + weight
-    return colors / torch.clamp_min(weights, 1e-6)[:, None], weights  # type: ignore[arg-type,index,return-value]
+    return colors / weights.clamp_min(1e-6)[:, None], weights
 
 
 def spread_colors(points: Tensor, colors: Tensor, weights: Tensor, mirror: bool) -> Tensor:
@@ -91,7 +102,8 @@ def spread_colors(points: Tensor, colors: Tensor, weights: Tensor, mirror: bool)
     known = cloud[seen.cpu().numpy()]
     known_colors = colors[seen].cpu().double().numpy()
     if mirror:
-        # A mirrored point counts as a little further away, so that a seen neighbour on the same side wins a tie.
+        # A mirrored point counts as a little further away, so that a seen neighbour on the same side wins a
+        # tie.
         known = np.concatenate([known, known * [-1, 1, 1]])
         known_colors = np.concatenate([known_colors, known_colors])
     unseen = ~seen.cpu().numpy()

@@ -14,14 +14,15 @@ __all__ = ["mouth_masks"]
 OUTER_LIPS = slice(48, 60)
 """Of the 68 landmarks, in order around the mouth."""
 MARGIN = 1.25
-"""The outline is widened by this about its centre: landmarks lie on the lips, a parser's mask goes to their edge."""
+"""The outline is widened by this about its centre: landmarks lie on the lips, a parser's mask goes to their
+edge."""
 
 
 def mouth_masks(landmarks: Tensor, cameras: Cameras, size: tuple[int, int]) -> Tensor:
     """The outline of the outer lips, filled, in each picture.
 
-    A picture taken from beside or behind the head, from more than about 75 degrees off the face's axis, shows no
-    mouth worth a weight and gets an empty mask. The inside of an open mouth belongs to the mask.
+    A picture taken from beside or behind the head, from more than about 75 degrees off the face's axis, shows
+    no mouth worth a weight and gets an empty mask. The inside of an open mouth belongs to the mask.
 
     Args:
         landmarks: (P, 68, 3) points of the posed head of each picture, head frame, metres.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import nn
+
+from eval.networks import NotAvailable, _lpips_network, find_weights
 
 __all__ = ["load_lpips"]
 
-VGG16 = "vgg16-397923af.pth"
-"""torchvision's ImageNet weights; the linear heads come with the lpips package."""
+VGG16 = ("vgg16-397923af.pth", "397923af")
+"""torchvision's ImageNet weights and the start of their hash; the linear heads come with the lpips
+package."""
 
 
 def load_lpips() -> tuple[nn.Module | None, str]:
@@ -19,9 +19,8 @@ def load_lpips() -> tuple[nn.Module | None, str]:
     Returns:
         The network and an empty string, or None and the reason why there is none. Never random weights.
     """
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / VGG16
-    if not weights.is_file():
-        return None, f"{weights} is not there."
-    from lpips import LPIPS
-
-    return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False), ""
+    try:
+        weights, _ = find_weights(*VGG16)
+        return _lpips_network("vgg", weights, "")[0], ""
+    except NotAvailable as reason:
+        return None, str(reason)
