@@ -1,6 +1,8 @@
 """Captures in, WebDataset shards out, training batches out of those."""
 
 from shards.capture import Capture, View, read_capture
+from shards.checking import Finding, check
+from shards.contents import Contents, contact_sheet, info
 from shards.loading import BatchLoader
 from shards.manifest import Manifest
 from shards.packing import pack
@@ -10,13 +12,18 @@ from shards.reading import ShardSet, SubjectShards, Target, open_shards
 __all__ = [
     "BatchLoader",
     "Capture",
+    "Contents",
     "Example",
+    "Finding",
     "Manifest",
     "Plan",
     "ShardSet",
     "SubjectShards",
     "Target",
     "View",
+    "check",
+    "contact_sheet",
+    "info",
     "open_shards",
     "pack",
     "plan",

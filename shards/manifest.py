@@ -5,6 +5,7 @@ packed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ class Manifest:
         """Side of the square pictures in pixels."""
         return self.settings.size
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with any byte of the shards and with the split."""
+        content = [[shard.path, shard.subject, shard.sha256] for shard in self.shards]
+        identity = json.dumps([content, self.train, self.heldout]).encode()
+        return hashlib.sha256(identity).hexdigest()[:16]
+
     def subjects(self, split: str) -> tuple[str, ...]:
         """The subjects of a split.
 
@@ -158,6 +166,13 @@ class Manifest:
             UserError: no folder, no manifest, one of a newer version or with fields missing, a shard that is
                 not there or has another size. Hashes are compared by `shards.check`, which reads all bytes.
         """
+        manifest = cls.read(folder)
+        manifest._look()
+        return manifest
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Reads the manifest of a folder without a look at the shards; otherwise like `load`."""
         folder = Path(folder)
         file = folder / NAME
         if not folder.is_dir():
@@ -175,13 +190,11 @@ class Manifest:
                     f"{file} has schema {schema}, this version reads up to {SCHEMA}. Update headsplat or"
                     " pack again."
                 )
-            manifest = cls._parse(folder, content)
+            return cls._parse(folder, content)
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{file} cannot be read ({type(error).__name__}: {error}). Run `headsplat shards pack` again."
             ) from None
-        manifest._look()
-        return manifest
 
     @classmethod
     def _parse(cls, folder: Path, content: dict[str, Any]) -> Manifest:

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -65,32 +65,47 @@ class SubjectShards:
 
     Attributes:
         subject: name of the person.
+        input_sets: all input sets; one is decoded when it is taken out.
         targets: all target timesteps in the order of time.
     """
 
     def __init__(self, manifest: Manifest, shards: Sequence[ShardInfo]) -> None:
         self.subject = shards[0].subject
-        self._size = manifest.size
-        self._readers = [ShardReader(manifest.folder / shard.path, shard.index) for shard in shards]
+        readers = [ShardReader(manifest.folder / shard.path, shard.index) for shard in shards]
+        self.input_sets = InputSets(readers, manifest.size)
         self.targets: list[Target] = sorted(
             (
                 Target(reader, key, manifest.size)
-                for reader in self._readers
+                for reader in readers
                 for key in reader.keys
                 if key.startswith("target-")
             ),
             key=lambda target: target.timestep,
         )
 
-    @property
-    def input_sets(self) -> list[InputSet]:
-        """All input sets of the subject, decoded at each call."""
-        return [
-            read_input_set(reader, key, self._size)
-            for reader in self._readers
-            for key in reader.keys
-            if key.startswith("inputs-")
+
+class InputSets(Sequence[InputSet]):
+    """The input sets of a subject, each decoded when it is taken out."""
+
+    def __init__(self, readers: Sequence[ShardReader], size: int) -> None:
+        self._size = size
+        self._places = [
+            (reader, key) for reader in readers for key in reader.keys if key.startswith("inputs-")
         ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> InputSet: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[InputSet]: ...
+
+    def __getitem__(self, index: int | slice) -> InputSet | list[InputSet]:
+        if isinstance(index, slice):
+            return [read_input_set(reader, key, self._size) for reader, key in self._places[index]]
+        return read_input_set(*self._places[index], self._size)
 
 
 class Target:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tarfile
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -126,6 +127,7 @@ class ShardReader:
             raise UserError(
                 f"{path} cannot be opened ({error.strerror}). Pack or copy the shards again."
             ) from None
+        self.close = weakref.finalize(self, os.close, self._file)  # by hand or when nobody needs it any more
         self._bytes = os.fstat(self._file).st_size
         try:
             data = self._read(index[0] - BLOCK, f"{INDEX_KEY}.json", index[1])
@@ -140,12 +142,8 @@ class ShardReader:
                 f"{path}: the index at the end cannot be read. Pack or copy the shards again."
             ) from None
         except UserError:
-            os.close(self._file)
+            self.close()
             raise
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._file)
 
     @property
     def keys(self) -> list[str]:
