@@ -100,8 +100,8 @@ def fit_key(config: FitConfig, inputs: Any = None) -> str:
     """A short hash that tells fits apart: same configuration, same inputs, same key.
 
     Args:
-        config: the configuration, a dataclass. inputs: what identifies the pictures, JSON-able (hashes of
-            shards, the subject, the number of the input set).
+        config: the configuration, a dataclass.
+        inputs: what identifies the pictures, JSON-able: hashes of shards, the subject, the input set.
     """
     if not is_dataclass(config) or isinstance(config, type):
         raise TypeError("a fit's configuration is a dataclass")

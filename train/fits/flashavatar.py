@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ __all__ = ["FlashAvatarFit", "FlashAvatarFitConfig", "flashavatar", "flashavatar
 
 THICKNESS = 0.3
 """Start of a Gaussian across the surface, as a share of its size along it (only with `look="pictures"`)."""
+MOST_LOOKED_AT = 32
+"""Pictures that give the first colours; evenly spread where there are more."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class FlashAvatarFit:
         Raises:
             UserError: the pictures are not tracked with the configured head, or show no face.
         """
-        _check(config, inputs)
+        identity = _tracked_identity(config, inputs)
         if head is None:
             from avatars.head import ParametricHead
 
@@ -175,13 +178,7 @@ class FlashAvatarFit:
         self.inputs = inputs.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = FlashAvatar(
-                config.model,
-                head,
-                inputs.identity,
-                inputs.expression_kind,
-                inputs.provenance,  # type: ignore[arg-type]
-            )
+            model = FlashAvatar(config.model, head, identity.cpu(), inputs.expression_kind, inputs.provenance)
         self.model = model.to(device)
         self.centers = self.model.posed_centers(self.inputs.expressions)  # (P, N, 3)
         self.mouths = self._mouths()  # (P, 1, H, W)
@@ -213,20 +210,17 @@ class FlashAvatarFit:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         background = self._background()
-        chosen = torch.randperm(len(self.inputs), generator=self.generator)[
-            : config.pictures_per_step
-        ].tolist()
+        order = torch.randperm(len(self.inputs), generator=self.generator)
+        chosen = order[: config.pictures_per_step].tolist()
 
-        total: dict[str, Tensor] = {}
-        for picture in chosen:
-            for name, value in self._losses(picture, background).items():
-                total[name] = total.get(name, 0.0) + value / len(chosen)  # type: ignore[assignment]
-        loss = sum(total.values())
+        parts = [self._losses(picture, background) for picture in chosen]
+        means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        loss = torch.stack(list(means.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         self.optimizer.step()
         self.step += 1
-        return {"loss": float(loss), **{name: float(value) for name, value in total.items()}}
+        return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, the optimiser and the order of pictures to come."""
@@ -283,13 +277,13 @@ class FlashAvatarFit:
             return torch.rand(3, generator=self.generator).to(self.centers)
         return torch.tensor(colors[self.config.background]).to(self.centers)
 
-    def _vertices(self) -> Tensor:
-        """(P, V, 3) posed heads of the pictures."""
-        identity = self.model.identity.expand(len(self.inputs), -1)
-        return self.model.head.vertices(identity, self.inputs.expressions)
+    def _vertices(self, pictures: Tensor) -> Tensor:
+        """(P, V, 3) posed heads of some of the pictures."""
+        identity = self.model.identity.expand(len(pictures), -1)
+        return self.model.head.vertices(identity, self.inputs.expressions[pictures])
 
     def _mouths(self) -> Tensor:
-        landmarks = self._vertices()[:, self.model.head.landmarks68]
+        landmarks = self._vertices(torch.arange(len(self.inputs)))[:, self.model.head.landmarks68]
         return mouth_masks(landmarks, self.inputs.cameras, self.inputs.size)
 
     def _lpips(self) -> nn.Module | None:
@@ -310,45 +304,54 @@ class FlashAvatarFit:
         placed = model.deform(self.centers[0], inputs.expressions[0]).means
         size = neighbour_distance(placed)
         model.log_scale.copy_(size.log()[:, None].expand(-1, 3))
-        if config.look == "grey":
-            return
+        colors, normals = self._seen_colors(slack=3 * float(size.median()))
+        if config.look == "pictures":
+            model.quaternion.copy_(quaternions_from_z(normals))
+            model.log_scale[:, 2] += math.log(THICKNESS)
+            model.sh_dc.copy_(rgb_to_sh(colors)[:, None])
 
+    def _seen_colors(self, slack: float) -> tuple[Tensor, Tensor]:
+        """(N, 3) colours as the pictures show them, and (N, 3) normals of the first picture's surface.
+
+        Raises:
+            UserError: no picture shows any of the head.
+        """
+        model = self.model
+        few = torch.linspace(0, len(self.inputs) - 1, min(len(self.inputs), MOST_LOOKED_AT)).long().unique()
+        inputs, centers = self.inputs, self.centers[few]
         faces = model.head.faces[model.samples.triangles]  # (N, 3)
-        a, b, c = self._vertices()[:, faces].unbind(2)  # (P, N, 3) each
+        a, b, c = self._vertices(few)[:, faces].unbind(2)  # (P, N, 3) each
         normals = nn.functional.normalize(torch.linalg.cross(b - a, c - a), dim=-1)
-        model.quaternion.copy_(quaternions_from_z(normals[0]))
-        model.log_scale[:, 2] += torch.tensor(THICKNESS).log()
-        depths = torch.cat(
-            [
-                rasterize(
-                    model.deform(self.centers[index], inputs.expressions[index]),
-                    inputs.cameras[index],
-                    inputs.size,
-                ).depth
-                for index in range(len(inputs))
-            ]
-        )
+        solid = model.deform(centers[0], inputs.expressions[few[0]])
+        depths = [
+            rasterize(
+                replace(solid, means=centers[row], opacities=torch.full_like(solid.opacities, 0.99)),
+                inputs.cameras[picture],
+                inputs.size,
+            ).depth
+            for row, picture in enumerate(few.tolist())
+        ]
         colors, weights = sample_colors(
-            self.centers,
+            centers,
             normals,
-            inputs.images,
-            inputs.masks,
-            depths,
-            inputs.cameras,
-            slack=3 * float(size.median()),
+            inputs.images[few],
+            inputs.masks[few],
+            torch.cat(depths),
+            inputs.cameras[few],
+            slack,
         )
         if not bool((weights > 0).any()):
             raise UserError(
                 f"No picture of {inputs.subject} shows the tracked head; its cameras or its head poses do "
-                "not belong "
-                "to its pictures."
+                "not "
+                "belong to its pictures."
             )
         neutral = model.posed_centers(torch.zeros_like(inputs.expressions[:1]))[0]
-        colors = spread_colors(neutral, colors, weights, config.mirror)
-        model.sh_dc.copy_(rgb_to_sh(colors)[:, None])
+        return spread_colors(neutral, colors, weights, self.config.mirror), normals[0]
 
 
-def _check(config: FlashAvatarFitConfig, inputs: InputSet) -> None:
+def _tracked_identity(config: FlashAvatarFitConfig, inputs: InputSet) -> Tensor:
+    """The person's identity code (I,), after a look at whether these pictures can be fitted at all."""
     if inputs.identity is None or inputs.head is None:
         raise UserError(
             f"FlashAvatar needs a tracked head and the pictures of {inputs.subject} have none (no identity "
@@ -371,3 +374,4 @@ def _check(config: FlashAvatarFitConfig, inputs: InputSet) -> None:
             "of each "
             "for every picture."
         )
+    return inputs.identity
