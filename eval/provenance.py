@@ -11,12 +11,25 @@ from pathlib import Path
 
 __all__ = ["git_commit", "hardware", "versions"]
 
-PACKAGES = ("headsplat", "torch", "deepspeed", "gsplat", "webdataset", "ray", "mlflow")
+PACKAGES = (
+    "headsplat",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "deepspeed",
+    "gsplat",
+    "webdataset",
+    "ray",
+    "mlflow",
+    "lpips",
+    "facenet-pytorch",
+)
 
 
 @cache
 def git_commit() -> str:
-    """The commit that is running, with "+changes" when the tree differs from it; "unknown" outside a checkout."""
+    """The commit that is running, with "+changes" when the tree differs from it; "unknown" outside git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -53,6 +66,8 @@ def hardware() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{model}, {len(os.sched_getaffinity(0))} cores"

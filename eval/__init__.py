@@ -1,0 +1,20 @@
+"""The measuring half of headsplat: metrics, protocols, result rows, tracking and reports."""
+
+from eval import metrics
+from eval.evaluate import Made, evaluate
+from eval.protocol import Protocol
+from eval.report import table
+from eval.rows import Row, read_rows
+from eval.sheets import comparison_sheet, contact_sheet
+
+__all__ = [
+    "Made",
+    "Protocol",
+    "Row",
+    "comparison_sheet",
+    "contact_sheet",
+    "evaluate",
+    "metrics",
+    "read_rows",
+    "table",
+]

@@ -1,0 +1,327 @@
+"""Measures avatars of held-out subjects under one protocol: the same code for every method and baseline."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, runtime_checkable
+from typing import Protocol as Interface
+
+import torch
+from torch import Tensor
+
+from avatars.cameras import Cameras
+from avatars.errors import UserError
+from avatars.inputs import InputSet
+from avatars.method import Avatar, render
+from avatars.rasterize import Rendering
+from eval.meter import Meter
+from eval.metrics import Pictures
+from eval.protocol import Protocol, choose_timesteps, choose_views, data_hash, frontal_first
+from eval.provenance import hardware, versions
+from eval.rows import Row, row_folder, write_row
+from eval.sheets import SheetColumn, contact_sheet, save_picture
+
+if TYPE_CHECKING:
+    from shards import ShardSet
+
+__all__ = ["Driven", "Made", "evaluate", "seconds_a_picture"]
+
+PICTURES_KEPT = 4
+WARM_UP = 2
+FEWEST_TIMED = 5
+MOST_TIMED = 30
+TIMED_SECONDS = 1.0
+
+
+@runtime_checkable
+class Driven(Interface):
+    """An avatar that makes its pictures itself instead of giving Gaussians to rasterize."""
+
+    expression_kind: str
+
+    def render(self, expression: Tensor, cameras: Cameras, size: tuple[int, int]) -> Rendering:
+        """Pictures of one expression (E,) over black, from C cameras."""
+        ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """An avatar that was made earlier, with what its making took there.
+
+    Attributes:
+        avatar: the avatar.
+        seconds: wall time from the input set to the avatar.
+        hardware: machine that made it, None for this one.
+    """
+
+    avatar: Avatar | Driven
+    seconds: float
+    hardware: str | None = None
+
+
+def evaluate(
+    method: str,
+    create: Callable[[InputSet], Avatar | Driven | Made],
+    shards: ShardSet,
+    protocol: Protocol,
+    *,
+    checkpoint: str,
+    out: Path,
+    subjects: Sequence[str] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """One row a subject: makes the avatar, renders every target, measures, times, keeps a few pictures.
+
+    Under `out` each subject gets `<protocol>-<id>/<method>@<checkpoint>/<subject>/` with `sheet.png`, the
+    kept pictures and `row.json`, which is written last.
+
+    Args:
+        method: the method's name in rows and tables.
+        create: makes the avatar of an input set; the random seed is the protocol's each time. Where the
+            avatar was made earlier by another process, it returns `Made` with the seconds that this took.
+        shards: the protocol's split.
+        protocol: how to measure.
+        checkpoint: name of the checkpoint or fit.
+        out: folder of results.
+        subjects: a part of the protocol's subjects, all by default.
+        device: where avatars are made and rendered and networks judge.
+        progress: called with a short sentence as each subject starts and ends.
+
+    Raises:
+        UserError: the shards are not the protocol's, a subject lacks what the protocol asks for, or a method
+            rendered pictures of another size or values that are not finite.
+    """
+    _check_data(shards, protocol)
+    chosen = list(protocol.subjects if subjects is None else subjects)
+    unknown = sorted(set(chosen) - set(protocol.subjects))
+    if unknown:
+        raise UserError(
+            f"The protocol {protocol.name} {protocol.id} does not know the subjects {', '.join(unknown)}."
+        )
+    meter = Meter(protocol.metrics, device)
+    rows = []
+    for number, subject in enumerate(chosen, start=1):
+        if progress is not None:
+            progress(f"{method} {checkpoint}: subject {subject} ({number} of {len(chosen)})")
+        row = _evaluate_subject(method, create, shards, subject, protocol, meter, checkpoint, out, device)
+        rows.append(row)
+        if progress is not None:
+            numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.values.items())
+            progress(f"{method} {checkpoint}: {subject}: {numbers}")
+    return rows
+
+
+def seconds_a_picture(
+    avatar: Avatar | Driven, expression: Tensor, camera: Cameras, size: tuple[int, int]
+) -> float:
+    """Median wall time from an expression to one finished picture, after warming up.
+
+    Args:
+        avatar: what is driven.
+        expression: (E,).
+        camera: one camera.
+        size: (height, width).
+    """
+    times: list[float] = []
+    for run in range(WARM_UP + MOST_TIMED):
+        start = time.perf_counter()
+        picture = _render(avatar, expression, camera, size)
+        _wait_for(picture)
+        if run >= WARM_UP:
+            times.append(time.perf_counter() - start)
+            if len(times) >= FEWEST_TIMED and sum(times) >= TIMED_SECONDS:
+                break
+    return statistics.median(times)
+
+
+def _check_data(shards: ShardSet, protocol: Protocol) -> None:
+    found = data_hash(shards)
+    if shards.split != protocol.split or found != protocol.data:
+        raise UserError(
+            f"These shards (split {shards.split!r}, data {found}) are not what the protocol "
+            f"{protocol.name} {protocol.id} measures (split {protocol.split!r}, data {protocol.data}). "
+            "Make a protocol for them."
+        )
+
+
+def _evaluate_subject(
+    method: str,
+    create: Callable[[InputSet], Avatar | Driven | Made],
+    shards: ShardSet,
+    subject: str,
+    protocol: Protocol,
+    meter: Meter,
+    checkpoint: str,
+    out: Path,
+    device: str,
+) -> Row:
+    data = shards.read(subject)
+    if protocol.input_set >= len(data.input_sets):
+        raise UserError(
+            f"{subject} has {len(data.input_sets)} input sets; the protocol {protocol.name} asks for number "
+            f"{protocol.input_set}. Pack more input sets."
+        )
+    inputs = data.input_sets[protocol.input_set].to(device)
+    made = _create(create, inputs, protocol.seed, device)
+    avatar = made.avatar
+    if avatar.expression_kind != inputs.expression_kind:
+        raise UserError(
+            f"{method} {checkpoint} is driven by {avatar.expression_kind} codes and {subject} has "
+            f"{inputs.expression_kind}. Evaluate it on captures of its own kind."
+        )
+
+    used = inputs.provenance
+    timesteps = choose_timesteps(
+        [target.timestep for target in data.targets], used["timesteps"], protocol.timesteps
+    )
+    first = data.targets[timesteps[0]]
+    used_cameras = [index for index, name in enumerate(first.camera_ids) if name in set(used["camera_ids"])]
+    chosen = choose_views(first.cameras, used_cameras, protocol.views)
+    camera_ids = [first.camera_ids[view] for view in chosen]
+
+    folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
+    kept = _pictures_to_keep(len(timesteps), frontal_first(first.cameras[chosen]))
+    measured: list[dict[str, float | None]] = []
+    pictures: list[dict[str, Any]] = []
+    columns: list[SheetColumn] = []
+    background = torch.tensor(protocol.background)
+    for position, timestep in enumerate(timesteps):
+        target = data.targets[timestep]
+        views = [target.camera_ids.index(name) for name in camera_ids if name in target.camera_ids]
+        masks = target.masks(views)
+        truth = Pictures(_over(target.images(views), masks, background), f"target {target.id}")
+        if tuple(truth.tensor.shape[-2:]) != tuple(protocol.size):
+            raise UserError(
+                f"The target {target.id} is {tuple(truth.tensor.shape[-2:])} pixels; the protocol "
+                f"{protocol.name} measures at {tuple(protocol.size)}."
+            )
+        expression = target.expression.to(device)
+        rendering = _render(
+            avatar, expression, target.cameras[views].to(device=device), protocol.size, background
+        )
+        prediction = Pictures.rendered(rendering.image.cpu(), f"prediction of {method} for {target.id}")
+        values = meter.measure(prediction, truth, masks)
+        measured += values
+        for index, view in enumerate(views):
+            camera = target.camera_ids[view]
+            entry: dict[str, Any] = {"timestep": target.timestep, "camera": camera, **values[index]}
+            if (position, camera_ids.index(camera)) in kept:
+                entry["file"] = f"{len(columns):02d}"
+                columns.append(
+                    SheetColumn(
+                        truth.tensor[index],
+                        prediction.tensor[index],
+                        f"t {target.timestep} · {camera}",
+                        values[index].get("psnr"),
+                    )
+                )
+            pictures.append(entry)
+    frontal = first.cameras[frontal_first(first.cameras)[0]].to(device=device)
+    seconds = seconds_a_picture(avatar, first.expression.to(device), frontal, protocol.size)
+
+    score = meter.score(measured)
+    row = Row(
+        method=method,
+        checkpoint=checkpoint,
+        subject=subject,
+        protocol=protocol.name,
+        protocol_id=protocol.id,
+        values=score.values,
+        missing=score.missing,
+        counts={
+            "pictures": len(pictures),
+            "timesteps": len(timesteps),
+            "views": len(chosen),
+            **{f"{key}_left_out": count for key, count in score.left_out.items()},
+        },
+        create_seconds=made.seconds,
+        drive_fps=1 / seconds,
+        pictures=pictures,
+        weights=meter.weights,
+        hardware=hardware(),
+        versions=versions(),
+        threads=torch.get_num_threads(),
+        create_hardware=made.hardware,
+    )
+    _save_pictures(folder, row, inputs, columns)
+    write_row(row, out)
+    return row
+
+
+def _create(
+    create: Callable[[InputSet], Avatar | Driven | Made], inputs: InputSet, seed: int, device: str
+) -> Made:
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        avatar = create(inputs)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return avatar if isinstance(avatar, Made) else Made(avatar, seconds)
+
+
+@torch.no_grad()
+def _render(
+    avatar: Avatar | Driven,
+    expression: Tensor,
+    cameras: Cameras,
+    size: tuple[int, int],
+    background: Tensor | None = None,
+) -> Rendering:
+    """An avatar's own pictures where it makes them, else its Gaussians rasterized, over `background`."""
+    if not isinstance(avatar, Driven):
+        if background is not None:
+            background = background.to(expression.device)
+        return render(avatar, expression, cameras, size, background)
+    rendering = avatar.render(expression, cameras, size)
+    if background is None or not bool(background.any()):
+        return rendering
+    behind = (1 - rendering.alpha) * background.to(rendering.image)[:, None, None]
+    return replace(rendering, image=rendering.image + behind)
+
+
+def _wait_for(rendering: Rendering) -> None:
+    if rendering.image.is_cuda:
+        torch.cuda.synchronize(rendering.image.device)
+
+
+def _over(images: Tensor, masks: Tensor, background: Tensor) -> Tensor:
+    """Pictures with black behind them, (v, 3, H, W), over another colour."""
+    return (
+        (images + (1 - masks) * background[:, None, None]).clamp(0, 1) if bool(background.any()) else images
+    )
+
+
+def _pictures_to_keep(timesteps: int, frontal: list[int]) -> set[tuple[int, int]]:
+    """(timestep, view) positions for the sheets: timesteps at even stride, the most frontal views in turn.
+
+    The rule knows nothing of the method, so the sheets of all methods show the same pictures.
+
+    Args:
+        timesteps: number of target timesteps.
+        frontal: positions of the target views, the most frontal first.
+    """
+    count = min(PICTURES_KEPT, timesteps * len(frontal))
+    if timesteps < count:
+        return {(i % timesteps, frontal[i // timesteps]) for i in range(count)}
+    return {(i * timesteps // count, frontal[i % len(frontal)]) for i in range(count)}
+
+
+def _save_pictures(folder: Path, row: Row, inputs: InputSet, columns: list[SheetColumn]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(inputs.images):
+        save_picture(image, folder / f"input-{index:02d}.png")
+    for index, column in enumerate(columns):
+        save_picture(column.target, folder / f"{index:02d}-target.png")
+        save_picture(column.prediction, folder / f"{index:02d}-prediction.png")
+    used = inputs.provenance
+    labels = [f"t {t} · {c}" for t, c in zip(used["timesteps"], used["camera_ids"], strict=True)]
+    title = " · ".join(part for part in (row.method, row.checkpoint, row.subject) if part != "none")
+    note = f"{row.protocol} {row.protocol_id}"
+    contact_sheet(list(inputs.images), labels, columns, title=title, note=note).save(folder / "sheet.png")

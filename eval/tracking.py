@@ -1,0 +1,476 @@
+"""MLflow: training runs and evaluations in one store, readable side by side in its dashboard.
+
+The store is SQLite by default; anything else that MLflow speaks comes by its address. One process writes:
+rank 0 of a training, or the driver of an evaluation. Layout: an experiment a recipe for training; for
+evaluation an experiment a protocol (name and id), in it a parent run a method and checkpoint, and in that a
+child a subject.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from avatars.errors import UserError
+from eval.hashing import short_hash
+from eval.provenance import hardware, versions
+from eval.rows import Row, check_one_protocol, row_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["TrainingRun", "dashboard_command", "flatten", "log_evaluation", "open_store"]
+
+TAG = "headsplat."
+FLUSH_SECONDS = 5.0
+METRICS_A_BATCH = 1000  # MLflow's own limits for one request
+PARAMS_A_BATCH = 100
+PARAM_LENGTH = 500
+RUN_FILE = "mlflow.json"
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+
+def open_store(uri: str) -> MlflowClient:
+    """A quiet client of a tracking store whose schema is there.
+
+    MLflow makes the schema at first use, and processes that do so at once break it (all of eight did); a
+    lock beside an SQLite file lets one do it while the others wait.
+
+    Args:
+        uri: address such as `sqlite:////data/mlflow.db` or `http://host:5000`.
+
+    Raises:
+        UserError: an address that MLflow does not serve, a store of another version, or one that cannot be
+            reached.
+    """
+    if uri.split(":", 1)[0].split("+", 1)[0] not in SCHEMES:
+        raise UserError(
+            f"{uri!r} is not a tracking store. Give MLFLOW_TRACKING_URI as sqlite:////path/mlflow.db or "
+            "http://host:port; MLflow no longer writes to plain folders."
+        )
+    mlflow = _import_quietly()
+    database = _sqlite_file(uri)
+    try:
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(database), _quiet():
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow, SQLAlchemy and HTTP raise their own kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The tracking store {uri} cannot be opened: {first[:300]} Check the address, or move the file "
+            "away to start a new store."
+        ) from error
+    return client
+
+
+def dashboard_command(uri: str, port: int = 5000, host: str = "127.0.0.1") -> list[str]:
+    """The command that serves MLflow's dashboard of a store, as words for `subprocess`.
+
+    Raises:
+        UserError: the store is a server already.
+    """
+    if uri.startswith(("http://", "https://")):
+        raise UserError(f"The tracking store {uri} is a server: open it in a browser.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    return [*command, "--host", host, "--port", str(port)]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow's flat parameters: `{"model": {"width": 8}}` is `{"model.width": "8"}`."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, str):
+            flat[name] = value
+        else:
+            flat[name] = json.dumps(value, default=str)
+    return flat
+
+
+class TrainingRun:
+    """One training in the tracking store, for rank 0; used as a context manager.
+
+    Leaving it normally marks the run FINISHED; an exception of `killed_by`, an interrupt or an exit marks
+    it KILLED; any other exception marks it FAILED, with the reason in the tag `headsplat.reason`. A process
+    that vanishes leaves it RUNNING until the next one with the same folder resumes it or puts KILLED. A
+    store that fails during training does not stop it: numbers wait and are sent with the next ones.
+
+    Args:
+        uri: the tracking store.
+        experiment: name of the experiment, for example the recipe's.
+        folder: the run's folder; its name is the run's name, and `mlflow.json` in it remembers the run's id.
+        params: the resolved recipe, nested.
+        resume: id of the run to go on with, from a checkpoint; None starts a new one. A run that is gone
+            from the store is started anew.
+        killed_by: exceptions that mean preemption.
+        tags: further tags.
+
+    Attributes:
+        run_id: MLflow's id, once entered.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        folder: Path,
+        params: Mapping[str, Any],
+        *,
+        resume: str | None = None,
+        killed_by: tuple[type[BaseException], ...] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.run_id = ""
+        self._uri, self._experiment, self._folder, self._params = uri, experiment, folder, params
+        self._resume, self._killed_by, self._tags = resume, killed_by, dict(tags or {})
+        self._client: MlflowClient | None = None
+        self._waiting: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
+        self._last_step: dict[str, int] = {}
+        self._flushed = 0.0
+        self._warned = False
+
+    def __enter__(self) -> TrainingRun:
+        client = self._client = open_store(self._uri)
+        experiment = _experiment(client, self._uri, self._experiment)
+        remembered = self._remembered()
+        if self._resume is not None and _exists(client, self._resume):
+            self.run_id = self._resume
+            client.update_run(self.run_id, status="RUNNING")
+        else:
+            if remembered is not None and _exists(client, remembered) and _running(client, remembered):
+                client.set_terminated(remembered, "KILLED")
+            self.run_id = client.create_run(experiment, run_name=self._folder.name).info.run_id
+        self._folder.mkdir(parents=True, exist_ok=True)
+        note = self._folder / f".{RUN_FILE}"
+        note.write_text(json.dumps({"uri": self._uri, "run_id": self.run_id}) + "\n")
+        note.replace(self._folder / RUN_FILE)
+        self._describe(client)
+        self._flushed = time.monotonic()
+        return self
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers of one step. What a resumed run has told already is left out: nothing is doubled."""
+        now = int(time.time() * 1000)
+        for key, value in metrics.items():
+            if key not in self._last_step:
+                self._last_step[key] = self._step_told(key)
+            if step > self._last_step[key]:
+                self._waiting.append((key, float(value), now, step))
+                self._last_step[key] = step
+        if len(self._waiting) >= METRICS_A_BATCH or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._try_flush()
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copies a file to the run, under `folder` among its artifacts."""
+        with _quiet():
+            self._store().log_artifact(self.run_id, str(path), folder)
+
+    def flush(self) -> None:
+        """Sends what waits."""
+        from mlflow.entities import Metric
+
+        client = self._store()
+        while self._waiting:
+            batch = self._waiting[:METRICS_A_BATCH]
+            with _quiet():
+                client.log_batch(self.run_id, metrics=[Metric(*entry) for entry in batch])
+            del self._waiting[: len(batch)]
+        self._flushed = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = "FINISHED"
+        if kind is not None:
+            stopped = (*self._killed_by, KeyboardInterrupt, SystemExit)
+            status = "KILLED" if issubclass(kind, stopped) else "FAILED"
+        try:
+            self.flush()
+            if kind is not None:
+                self._store().set_tag(self.run_id, f"{TAG}reason", f"{kind.__name__}: {error}"[:1000])
+            self._store().set_terminated(self.run_id, status)
+        except Exception as trouble:
+            # The training's own outcome matters more than the tracker's; what was not sent stays on disk.
+            rest = self._folder / "mlflow-unsent.jsonl"
+            with rest.open("a") as file:
+                for key, value, milliseconds, step in self._waiting:
+                    line = {"key": key, "value": value, "timestamp": milliseconds, "step": step}
+                    file.write(json.dumps(line) + "\n")
+            print(
+                f"headsplat: the tracking store did not take the end of the run ({trouble}); see {rest}",
+                file=sys.stderr,
+            )
+
+    def _store(self) -> MlflowClient:
+        if self._client is None:
+            raise RuntimeError("TrainingRun is a context manager: enter it before logging")
+        return self._client
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+            self._warned = False
+        except Exception as error:
+            self._flushed = time.monotonic()
+            if not self._warned:
+                self._warned = True
+                print(
+                    f"headsplat: the tracking store {self._uri} does not answer ({type(error).__name__}); "
+                    "training goes on and the numbers are sent later",
+                    file=sys.stderr,
+                )
+
+    def _step_told(self, key: str) -> int:
+        """Last step of a metric in the store; -1 for a new run."""
+        if self.run_id != self._resume:
+            return -1
+        with _quiet():
+            history = self._store().get_metric_history(self.run_id, key)
+        return max((metric.step for metric in history), default=-1)
+
+    def _remembered(self) -> str | None:
+        try:
+            note = json.loads((self._folder / RUN_FILE).read_text())
+            return str(note["run_id"]) if note["uri"] == self._uri else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _describe(self, client: MlflowClient) -> None:
+        from mlflow.entities import Param, RunTag
+
+        known = client.get_run(self.run_id).data.params
+        new, changed = [], []
+        for key, value in flatten(self._params).items():
+            value = value[:PARAM_LENGTH]
+            if key not in known:
+                new.append(Param(key, value))
+            elif known[key] != value:  # MLflow's parameters cannot change; a resumed run may
+                changed.append(RunTag(f"{TAG}changed.{key}", value))
+        found = {"kind": "train", "hardware": hardware(), "folder": str(self._folder), **self._tags}
+        found |= {f"version.{name}": version for name, version in versions().items()}
+        tags = changed + [RunTag(f"{TAG}{key}", value) for key, value in found.items()]
+        for start in range(0, max(len(new), len(tags)), PARAMS_A_BATCH):
+            part = slice(start, start + PARAMS_A_BATCH)
+            client.log_batch(self.run_id, params=new[part], tags=tags[part])
+
+
+def log_evaluation(rows: Sequence[Row], results: Path, uri: str) -> list[str]:
+    """Logs result rows with their pictures; a row that is there already is not logged again.
+
+    Args:
+        rows: rows of one protocol.
+        results: the folder that `evaluate` wrote them to.
+        uri: the tracking store.
+
+    Returns:
+        The ids of the parent runs, one a method and checkpoint.
+
+    Raises:
+        UserError: rows of several protocols, or a store that cannot be opened.
+    """
+    rows = list(rows)
+    check_one_protocol(rows)
+    client = open_store(uri)
+    parents = []
+    with _quiet():
+        experiment = _experiment(client, uri, f"{rows[0].protocol} {rows[0].protocol_id}")
+        for method, checkpoint in dict.fromkeys((row.method, row.checkpoint) for row in rows):
+            mine = [row for row in rows if (row.method, row.checkpoint) == (method, checkpoint)]
+            parents.append(_log_run(client, experiment, mine, results))
+    return parents
+
+
+def _log_run(client: MlflowClient, experiment: str, rows: list[Row], results: Path) -> str:
+    """The parent of one method and checkpoint, with a child a row and means over all children."""
+    first = rows[0]
+    run_key = short_hash([first.method, first.checkpoint, first.protocol_id])
+    found = _find(client, experiment, {"kind": "evaluation", "run": run_key})
+    tags = {
+        "kind": "evaluation",
+        "run": run_key,
+        "method": first.method,
+        "checkpoint": first.checkpoint,
+        "protocol": first.protocol,
+        "protocol_id": first.protocol_id,
+        **{f"version.{name}": version for name, version in first.versions.items()},
+    }
+    if found:
+        parent = found[0].info.run_id
+        client.update_run(parent, status="RUNNING")
+    else:
+        name = first.method if first.checkpoint in ("", "none") else f"{first.method} {first.checkpoint}"
+        parent = _create(client, experiment, name, tags)
+        params = {"method": first.method, "checkpoint": first.checkpoint, "protocol": first.protocol}
+        for key, value in params.items():
+            client.log_param(parent, key, value)
+    for row in rows:
+        _log_row(client, experiment, parent, row, results)
+    _log_means(client, experiment, parent)
+    client.set_terminated(parent, "FINISHED")
+    return parent
+
+
+def _log_row(client: MlflowClient, experiment: str, parent: str, row: Row, results: Path) -> None:
+    from mlflow.entities import Metric
+
+    content = short_hash(row.as_dict())
+    for old in _find(client, experiment, {"kind": "subject", "row": row.key}):
+        if old.data.tags.get(f"{TAG}content") == content:
+            return
+        client.delete_run(
+            old.info.run_id
+        )  # of another evaluation, or left half logged by a process that died
+    tags = {
+        "kind": "subject",
+        "row": row.key,
+        "method": row.method,
+        "checkpoint": row.checkpoint,
+        "subject": row.subject,
+        "protocol_id": row.protocol_id,
+        "hardware": row.hardware,
+        **{f"missing.{key}": reason for key, reason in row.missing.items()},
+    }
+    child = _create(client, experiment, f"{row.method} · {row.subject}", tags, parent)
+    now = int(time.time() * 1000)
+    values = {**row.values, "create_seconds": row.create_seconds, "drive_fps": row.drive_fps}
+    client.log_batch(child, metrics=[Metric(f"eval/{key}", value, now, 0) for key, value in values.items()])
+    client.log_param(child, "subject", row.subject)
+    client.log_param(child, "method", row.method)
+    folder = row_folder(results, row.method, row.checkpoint, row.subject, row.protocol, row.protocol_id)
+    for path in sorted(folder.glob("*")):
+        if path.name in ("row.json", "sheet.png"):
+            client.log_artifact(child, str(path))
+        elif path.suffix == ".png" and "prediction" in path.name:
+            client.log_artifact(child, str(path), "pictures")
+    client.set_terminated(child, "FINISHED")
+    client.set_tag(child, f"{TAG}content", content)  # last: a child without it is logged again
+
+
+def _log_means(client: MlflowClient, experiment: str, parent: str) -> None:
+    """Means over the children into the parent; only what changed, so that its history has no doubles."""
+    children = [
+        run
+        for run in _find(client, experiment, {"kind": "subject"})
+        if run.data.tags.get("mlflow.parentRunId") == parent
+    ]
+    known = client.get_run(parent).data.metrics
+    keys = sorted({key for run in children for key in run.data.metrics})
+    for key in keys:
+        values = [run.data.metrics[key] for run in children if key in run.data.metrics]
+        if len(values) == len(children):
+            mean = math.fsum(values) / len(values)
+            if known.get(key) != mean:
+                client.log_metric(parent, key, mean, step=len(children))
+    client.set_tag(parent, f"{TAG}subjects", str(len(children)))
+
+
+def _create(
+    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], parent: str | None = None
+) -> str:
+    marked = {f"{TAG}{key}": value for key, value in tags.items()}
+    if parent is not None:
+        marked["mlflow.parentRunId"] = parent
+    return str(client.create_run(experiment, tags=marked, run_name=name).info.run_id)
+
+
+def _find(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Any]:
+    """All active runs of an experiment that carry the tags."""
+    condition = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items())
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], condition, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
+
+
+def _running(client: MlflowClient, run_id: str) -> bool:
+    return bool(client.get_run(run_id).info.status == "RUNNING")
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment of this name, made if need be; beside SQLite its artifacts lie beside it."""
+    from mlflow.exceptions import MlflowException
+
+    database = _sqlite_file(uri)
+    location = None if database is None else (database.parent / "mlartifacts" / short_hash(name)).as_uri()
+    for _ in range(2):
+        found = client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage == "active":
+            return str(found.experiment_id)
+        if found is not None:
+            raise UserError(
+                f"The experiment {name!r} was deleted in the tracking store {uri}. Restore it in the "
+                "dashboard, or remove it for good with `mlflow gc`."
+            )
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another process made it between the two calls
+            continue
+    raise UserError(f"The tracking store {uri} neither has nor makes the experiment {name!r}.")
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).resolve()
+
+
+@contextmanager
+def _locked(database: Path | None) -> Iterator[None]:
+    if database is None:
+        yield
+        return
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _import_quietly() -> Any:
+    """mlflow, without telemetry, and without its and alembic's chatter about schemas."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # A server that is away is tried for about 15 s rather than for minutes; numbers wait meanwhile.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its dependencies, at import
+        import mlflow
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps MLflow's deprecation warnings about its own code from whoever runs with warnings as errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=ResourceWarning)
+        yield
