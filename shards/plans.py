@@ -16,6 +16,7 @@ of lanes, but every number is right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ class Plan:
                 " shard."
                 " Pack captures with more timesteps."
             )
+        self._starts = _lane_starts(self.epoch_length, lanes)
         self._epoch = -1
         self._order: np.ndarray = np.empty(0, np.int64)  # shards in the order of the epoch
         self._ends: np.ndarray = np.empty(
@@ -92,9 +94,7 @@ class Plan:
         """The example at a place of the sequence."""
         epoch, place = divmod(position, self.epoch_length)
         order, ends = self._epoch_order(epoch)
-        lane, depth = place % self.lanes, place // self.lanes
-        length, longer = divmod(self.epoch_length, self.lanes)  # the first `longer` lanes have one more
-        line = lane * length + min(lane, longer) + depth
+        line = self._starts[place % self.lanes] + place // self.lanes
         nth = int(np.searchsorted(ends, line, side="right"))
         index = int(order[nth])
         shard = self.shards[index]
@@ -124,6 +124,20 @@ class Plan:
             order = np.array(Draws("epoch", self.seed, epoch).permutation(len(self.shards)), np.int64)
             self._order, self._ends, self._epoch = order, np.cumsum(self._counts[order]), epoch
         return self._order, self._ends
+
+
+def _lane_starts(length: int, lanes: int) -> list[int]:
+    """Where each lane's stretch of a line of `length` examples starts.
+
+    Lanes that follow each other in the sequence lie far apart on the line (a step of about the golden
+    section), so that a batch mixes people even where one shard is longer than a lane.
+    """
+    step = next(s for s in range(round(lanes * 0.618), 2 * lanes + 1) if s > 0 and math.gcd(s, lanes) == 1)
+    starts, start = [0] * lanes, 0
+    for lane in sorted(range(lanes), key=lambda lane: lane * step % lanes):
+        starts[lane] = start
+        start += length // lanes + (lane < length % lanes)  # the first lanes have one more
+    return starts
 
 
 def plan(

@@ -8,6 +8,7 @@ are used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -61,12 +62,13 @@ class ShardWriter:
         try:
             if kind is None:
                 self._finish()
-        finally:
-            self._file.close()
-            if kind is None and self._position:
+            self._file.close()  # the last bytes may find the disk full here
+            if kind is None:
                 self._partial.replace(self.path)
-            else:
-                self._partial.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
 
     @property
     def size(self) -> int:
