@@ -102,8 +102,12 @@ def read_capture(path: str | Path) -> Capture:
         from shards.readers.synthetic import SyntheticCapture
 
         return SyntheticCapture(path)
+    if (path / "decoder" / "camera_calibration.json").is_file() or "--" in path.name:
+        from shards.readers.ava256 import Ava256Capture
+
+        return Ava256Capture(path)
     raise UserError(
-        f"{path} is not a capture: it holds no capture.json (synthetic)."
+        f"{path} is not a capture: it holds no capture.json (synthetic) and no decoder folder (Ava-256)."
         " A synthetic capture without it was not finished: run `headsplat synth` again."
     )
 
