@@ -79,7 +79,9 @@ def load_avatar(folder: str | Path) -> Avatar:
     folder = Path(folder)
     description = folder / "avatar.json"
     if not description.is_file():
-        raise UserError(f"{folder} holds no avatar.json. Make an avatar with `headsplat fit` or `headsplat create`.")
+        raise UserError(
+            f"{folder} holds no avatar.json. Make an avatar with `headsplat fit` or `headsplat create`."
+        )
     method = json.loads(description.read_text())["method"]
     if method == "avat3r":
         from avatars.avat3r import Avat3rAvatar

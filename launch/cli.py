@@ -17,7 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards check": ("launch.data:check", "validates packed shards"),
     "shards info": ("launch.data:info", "tells what is in packed shards"),
     "train": ("launch.training:train", "one process group's worth of training; `launch` starts the ranks"),
-    "launch": ("launch.training:launch", "prepares data, starts every rank with DeepSpeed and evaluates: `make train`"),
+    "launch": (
+        "launch.training:launch",
+        "prepares data, starts every rank with DeepSpeed and evaluates: `make train`",
+    ),
     "fit": ("launch.fitting:fit", "fits a per-subject method to held-out people on Ray"),
     "eval": ("launch.evaluation:evaluate", "measures a trained model or fitted avatars on held-out people"),
     "report": ("launch.evaluation:report", "compares everything that was evaluated"),

@@ -102,6 +102,48 @@ def pack(words: list[str]) -> None:
     print(f"{len(manifest.shards)} shards in {options.out}. Next: headsplat shards check {options.out}")
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """Validates packed shards: files, hashes, cameras, masks, codes, splits."""
+
+    shards: Annotated[Path, tyro.conf.Positional]
+    """Folder of packed shards."""
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Tells what is in packed shards."""
+
+    shards: Annotated[Path, tyro.conf.Positional]
+    """Folder of packed shards."""
+    sheet: Path | None = None
+    """Also draw a contact sheet into this PNG file."""
+
+
+def check(words: list[str]) -> int:
+    """`headsplat shards check SHARDS`: one line a finding, exit status 1 when any is an error."""
+    from shards.checking import check as check_shards
+
+    options = parse(CheckOptions, words, "shards check")
+    findings = list(check_shards(options.shards))
+    for finding in findings:
+        print(finding)
+    if not findings:
+        print(f"{options.shards}: nothing is wrong")
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def info(words: list[str]) -> None:
+    """`headsplat shards info SHARDS`."""
+    from shards.contents import contact_sheet
+    from shards.contents import info as contents
+
+    options = parse(InfoOptions, words, "shards info")
+    print(contents(options.shards))
+    if options.sheet is not None:
+        print(f"Contact sheet: {contact_sheet(options.shards, options.sheet)}")
+
+
 def pack_folder(options: PackOptions) -> Manifest:
     """Packs every capture in a folder.
 
@@ -112,10 +154,14 @@ def pack_folder(options: PackOptions) -> Manifest:
     from shards import read_capture
 
     if not options.captures.is_dir():
-        raise UserError(f"{options.captures} is not there. Name a folder of captures, or make one: headsplat synth.")
+        raise UserError(
+            f"{options.captures} is not there. Name a folder of captures, or make one: headsplat synth."
+        )
     folders = sorted(f for f in options.captures.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:
-        raise UserError(f"{options.captures} holds no captures. Make some with `headsplat synth {options.captures}`.")
+        raise UserError(
+            f"{options.captures} holds no captures. Make some with `headsplat synth {options.captures}`."
+        )
     return pack_captures(
         [read_capture(folder) for folder in folders],
         options.out,
@@ -126,14 +172,6 @@ def pack_folder(options: PackOptions) -> Manifest:
         seed=options.seed,
         progress=print,
     )
-
-
-@dataclass(frozen=True)
-class FolderOptions:
-    """Names a folder of packed shards."""
-
-    shards: Annotated[Path, tyro.conf.Positional]
-    """Folder of packed shards."""
 
 
 def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
@@ -149,7 +187,10 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
     out = workspace.shards / f"demo-{size}"
     if (out / "manifest.json").is_file():
         return out
-    print(f"No DATA given: making {demo.subjects} synthetic people, {demo.timesteps} expressions x {demo.views} views each")
+    print(
+        f"Making {demo.subjects} synthetic people, {demo.timesteps} expressions x {demo.views} views each",
+        flush=True,
+    )
     synthesize(
         workspace.captures,
         subjects=demo.subjects,

@@ -41,18 +41,25 @@ def findings() -> Iterator[tuple[str, bool, str]]:
     yield from rasterizers()
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "compiler", compiler is not None, compiler or "install a C++ compiler: g++ or clang++"
-    yield "launcher", True, "deepspeed, one process a " + ("GPU" if torch.cuda.is_available() else "rank over gloo")
+    yield (
+        "launcher",
+        True,
+        "deepspeed, one process a " + ("GPU" if torch.cuda.is_available() else "rank over gloo"),
+    )
     yield from stale_locks()
     yield "tracking", True, Workspace(Path("work")).tracking_uri
     yield from weights()
 
 
 def rasterizers() -> Iterator[tuple[str, bool, str]]:
-    """Which rasterizer back-ends work, and which is in use."""
+    """Which rasterizer draws on each kind of device, and why."""
+    import torch
+
     from avatars.rasterize import backend_report
 
-    for backend in backend_report():
-        yield f"rasterizer {backend.name}", backend.works, backend.reason
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        report = backend_report(device)
+        yield f"rasterizer on {device}", report.backend != "reference", f"{report.backend}: {report.reason}"
 
 
 def stale_locks() -> Iterator[tuple[str, bool, str]]:

@@ -101,7 +101,9 @@ def show_table(rows: list[Row], workspace: Workspace) -> None:
 
     print()
     print(table(rows))
-    print(f"\nRows and pictures: {workspace.results}    Compare in the browser: make dashboard OUT={workspace.root}")
+    print(
+        f"\nRows and pictures: {workspace.results}    Compare in the browser: make dashboard OUT={workspace.root}"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def report(words: list[str]) -> None:
     workspace = Workspace(parse(OutOptions, words, "report").out)
     rows = read_rows(workspace.results)
     if not rows:
-        raise UserError(f"{workspace.results} holds no result rows. Make some with `make train` or `make eval`.")
+        raise UserError(
+            f"{workspace.results} holds no result rows. Make some with `make train` or `make eval`."
+        )
     page = write_report(rows, workspace.results, workspace.root / "report")
     show_table(rows, workspace)
     print(f"Page: {page}")

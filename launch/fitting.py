@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,6 +12,9 @@ from avatars.errors import UserError
 from launch.data import DEMO, DemoCaptures, shards_for
 from launch.options import parse
 from launch.workspace import Workspace
+
+if TYPE_CHECKING:
+    from cluster.pool import Event
 
 __all__ = ["FitOptions", "fit", "run_fits"]
 
@@ -50,9 +53,30 @@ def run_fits(options: FitOptions, shards: Path, workspace: Workspace) -> None:
     Raises:
         UserError: the method is unknown, or a person could not be fitted.
     """
-    from cluster.fit import fit_subjects
+    from rich.console import Console
 
-    outcome = fit_subjects(options.method, shards, workspace.fits)
-    if outcome.failures:
-        names = ", ".join(sorted(outcome.failures))
+    from cluster.fit import fit_subjects, results_table
+
+    print(f"Fitting {options.method} to held-out people, one Ray actor each", flush=True)
+    fits = fit_subjects(options.method, shards, workspace.fits, on_event=Progress())
+    Console().print(results_table(fits))
+    if fits.failures:
+        names = ", ".join(sorted(fits.failures))
         raise UserError(f"{options.method} could not be fitted to {names}; the reasons are above.")
+
+
+class Progress:
+    """Tells how far each fit is, a line for every tenth part of it."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, int] = {}
+
+    def __call__(self, event: Event) -> None:
+        step, steps = event.report.get("step"), event.report.get("steps")
+        if step is None or not steps:
+            print(f"  {event.name}: {event.kind}", flush=True)
+            return
+        tenth = 10 * step // steps
+        if tenth > self._told.get(event.name, 0):
+            self._told[event.name] = tenth
+            print(f"  {event.name}: step {step}/{steps}  loss {event.report['loss']:.4f}", flush=True)

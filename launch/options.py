@@ -23,4 +23,6 @@ def parse(options: type[Options], words: list[str], command: str, default: Optio
     """
     import tyro
 
-    return tyro.cli(options, args=words, default=default, prog=f"headsplat {command}")
+    given = {} if default is None else {"default": default}
+    parsed: Options = tyro.cli(options, args=words, prog=f"headsplat {command}", **given)
+    return parsed

@@ -43,7 +43,9 @@ def check_hosts(nodes: int, hostfile: Path | None) -> None:
         raise UserError(f"NODES={nodes} must be at least 1.")
     if hostfile is None:
         if nodes > 1:
-            raise UserError(f"NODES={nodes} needs HOSTFILE=: a file with one line a host, `hostname slots=8`.")
+            raise UserError(
+                f"NODES={nodes} needs HOSTFILE=: a file with one line a host, `hostname slots=8`."
+            )
         return
     hosts = read_hostfile(hostfile)
     if len(hosts) < nodes:
@@ -66,5 +68,7 @@ def free_port(asked: int | None) -> int:
         try:
             probe.bind(("127.0.0.1", asked or 0))
         except OSError as error:
-            raise UserError(f"PORT={asked} cannot be used ({error.strerror}); choose another or leave PORT out.") from error
+            raise UserError(
+                f"PORT={asked} cannot be used ({error.strerror}); choose another or leave PORT out."
+            ) from error
         return probe.getsockname()[1]

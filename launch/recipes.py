@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete training configuration. A variant calls another and changes a few fields."""
+"""Recipes: functions that return a complete training configuration; a variant calls another and changes fields."""
 
 from __future__ import annotations
 
@@ -81,5 +81,7 @@ def find_recipe(name: str) -> TrainConfig:
     """
     if name not in RECIPES:
         nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
-        raise UserError(f"There is no recipe {name!r}. The nearest is {nearest!r}; there are {', '.join(RECIPES)}.")
+        raise UserError(
+            f"There is no recipe {name!r}. The nearest is {nearest!r}; there are {', '.join(RECIPES)}."
+        )
     return RECIPES[name]()

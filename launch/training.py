@@ -1,7 +1,8 @@
-"""`headsplat train` is one rank's work; `headsplat launch`, which `make train` calls, starts all ranks and evaluates."""
+"""`headsplat train` is one rank's work; `headsplat launch` (`make train`) starts all ranks and evaluates."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import subprocess
@@ -49,7 +50,7 @@ def train(words: list[str]) -> int:
     config = find_recipe(words[0])
     default = TrainOptions(config=config, data=tyro.MISSING, run=tyro.MISSING)
     if "--print-config" in words:
-        default = replace(default, data=Path("."), run=Path("."))
+        default = replace(default, data=Path(), run=Path())
     options = parse(TrainOptions, words[1:], f"train {words[0]}", default)
     if options.print_config:
         import json
@@ -70,6 +71,8 @@ def train_rank(options: TrainOptions) -> int:
 
     single_process_environment()
     if not torch.cuda.is_available():
+        # Building extensions, torch warns of a CUDA toolkit without a device; nobody here wants that device.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank = int(os.environ["RANK"])
     config = options.config
@@ -93,8 +96,18 @@ def tracked(options: TrainOptions, rank: int) -> AbstractContextManager[Any]:
     if rank != 0 or not options.tracking:
         return nullcontext()
     from eval.tracking import TrainingRun
+    from train.checkpoint import latest
+    from train.loop import Preempted
 
-    return TrainingRun(options.tracking, options.config.recipe, options.run, options.config.to_json())
+    newest = latest(options.run)
+    return TrainingRun(
+        options.tracking,
+        options.config.recipe,
+        options.run,
+        options.config.to_json(),
+        resume=newest[1].tracking_run if newest else None,
+        killed_by=(Preempted,),
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,10 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     # Wrong overrides are told here once, not by every rank after minutes of preparing data.
     overrides = shlex.split(options.args)
     parse(
-        TrainOptions, overrides, f"train {options.recipe}", TrainOptions(config=config, data=Path("."), run=Path("."))
+        TrainOptions,
+        overrides,
+        f"train {options.recipe}",
+        TrainOptions(config=config, data=Path(), run=Path()),
     )
     shards = shards_for(options.data, workspace, config.model.size, options.demo)
     command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
@@ -158,7 +174,9 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     if status != 0:
         raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
     if not (run / "export" / "model.json").is_file():
-        raise UserError(f"The training in {run} was stopped before its last step; the same command goes on from there.")
+        raise UserError(
+            f"The training in {run} was stopped before its last step; the same command goes on from there."
+        )
     return shards, run
 
 
@@ -175,13 +193,21 @@ def deepspeed_command(
     import torch
 
     ranks = torch.cuda.device_count() or config.ranks_without_gpu
-    words = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), "--no_local_rank"]
+    words = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
+    words += ["--master_port", str(port), "--no_local_rank"]
     if options.hostfile is not None:
         words += ["--hostfile", str(options.hostfile), "--num_nodes", str(options.nodes)]
     else:
         words += ["--num_gpus", str(ranks)]
     words += ["--module", "launch.cli", "train", options.recipe]
-    words += ["--data", str(shards.resolve()), "--run", str(run.resolve()), "--tracking", workspace.tracking_uri]
+    words += [
+        "--data",
+        str(shards.resolve()),
+        "--run",
+        str(run.resolve()),
+        "--tracking",
+        workspace.tracking_uri,
+    ]
     return words + overrides
 
 
@@ -190,6 +216,8 @@ def rank_environment() -> dict[str, str]:
     import torch
 
     environment = dict(os.environ)
+    # DeepSpeed calls collectives by names that torch has deprecated; nothing that a user could mend.
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.distributed.c10d_logger")
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", "1")

@@ -90,7 +90,9 @@ def test_cached_driving_equals_the_full_forward(interleave):
     views, code = some_views(4), torch.randn(1, 5)
     cached = model.encode(views)
     for name in ("means", "scales", "quats", "opacities", "colors"):
-        assert torch.equal(getattr(model.decode(cached, code, views), name), getattr(model(views, code), name))
+        assert torch.equal(
+            getattr(model.decode(cached, code, views), name), getattr(model(views, code), name)
+        )
 
 
 def test_permuting_the_views_permutes_the_gaussians():
@@ -105,14 +107,18 @@ def test_permuting_the_views_permutes_the_gaussians():
 
 def test_the_expression_changes_the_gaussians():
     model, views = trained(), some_views(2)
-    assert not torch.allclose(model(views, torch.ones(1, 5)).means, model(views, -torch.ones(1, 5)).means, atol=1e-6)
+    assert not torch.allclose(
+        model(views, torch.ones(1, 5)).means, model(views, -torch.ones(1, 5)).means, atol=1e-6
+    )
 
 
 def test_a_batch_is_its_examples():
     model, views, codes = trained().eval(), some_views(2, batch=3), torch.randn(3, 5)
     together = model(views, codes)
     for i in range(3):
-        alone = model(Views(**{k: v if v is None else v[i : i + 1] for k, v in vars(views).items()}), codes[i : i + 1])
+        alone = model(
+            Views(**{k: v if v is None else v[i : i + 1] for k, v in vars(views).items()}), codes[i : i + 1]
+        )
         assert torch.allclose(together.means[i], alone.means[0], atol=1e-5)
 
 
@@ -120,7 +126,9 @@ def test_gradients_reach_every_parameter():
     config = replace(TINY, feature_dim=6)
     model = trained(config)
     maps = model(some_views(2, config), torch.randn(1, 5))
-    total = sum((getattr(maps, n) * torch.randn_like(getattr(maps, n))).sum() for n in ("means", "quats", "colors"))
+    total = sum(
+        (getattr(maps, n) * torch.randn_like(getattr(maps, n))).sum() for n in ("means", "quats", "colors")
+    )
     (total + maps.scales.log().sum() + maps.opacities.sum()).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # a shift of all keys cannot be seen by a softmax; nothing else may be silent
@@ -212,7 +220,7 @@ def test_what_does_not_fit_is_told(tmp_path):
         method.create(replace(inputs, images=inputs.images[..., :16, :16]))
     with pytest.raises(UserError, match="7 numbers and this Avat3r was trained on 5"):
         method.create(inputs).gaussians(torch.zeros(7))
-    with pytest.raises(UserError, match="no position maps|input set has none"):
+    with pytest.raises(UserError, match="input set has none"):
         method.create(replace(inputs, positions=None, confidence=None))
     with pytest.raises(UserError, match=r"model\.json"):
         Avat3r.load(tmp_path)

@@ -9,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["avatars", "shards", "eval", "train", "cluster", "launch"]
-HEAVY = {"torchvision", "lpips", "facenet_pytorch", "timm", "gsplat", "deepspeed", "ray", "mlflow", "mitsuba", "matplotlib"}
+HEAVY = {"torchvision", "lpips", "facenet_pytorch", "timm", "gsplat"} | {
+    "deepspeed",
+    "ray",
+    "mlflow",
+    "mitsuba",
+    "matplotlib",
+}
 MODULES = sorted(path for room in ORDER for path in (ROOT / room).rglob("*.py"))
 
 
@@ -40,5 +46,7 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
 
 def test_help_loads_neither_torch_nor_numpy():
     code = "import sys, launch.cli; launch.cli.main(['--help']); print({'torch', 'numpy', 'tyro'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert out.strip().endswith("set()")

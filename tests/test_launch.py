@@ -67,7 +67,8 @@ def test_more_nodes_than_hosts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [("a 8\n", "line 1"), ("a slots=8\na slots=4\n", "twice"), ("a slots=0\n", "line 1")]
+    ("text", "sentence"),
+    [("a 8\n", "line 1"), ("a slots=8\na slots=4\n", "twice"), ("a slots=0\n", "line 1")],
 )
 def test_a_hostfile_that_is_wrong(tmp_path, text, sentence):
     hostfile = tmp_path / "hosts"

@@ -70,7 +70,9 @@ def latest(run: Path) -> tuple[Path, Meta] | None:
             f"Write the name of another folder beside it into {pointer}, or choose a new RUN."
         ) from error
     if values.get("schema") != SCHEMA:
-        raise UserError(f"{folder / 'meta.json'} has schema {values.get('schema')}; this version reads {SCHEMA}.")
+        raise UserError(
+            f"{folder / 'meta.json'} has schema {values.get('schema')}; this version reads {SCHEMA}."
+        )
     return folder, Meta(**values)
 
 
@@ -140,12 +142,14 @@ def load(engine: Any, folder: Path, meta: Meta) -> None:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
         state = torch.load(folder / f"state-rank{rank}.pt", weights_only=True)
     except (OSError, RuntimeError, AttributeError, EOFError) as error:
-        raise UserError(f"{folder} cannot be read ({error}). Name an older one in {folder.parent / POINTER}.") from error
+        raise UserError(
+            f"{folder} cannot be read ({error}). Name an older one in {folder.parent / POINTER}."
+        ) from error
     _set_random_state(state)
 
 
 def _require_space(engine: Any, run: Path) -> None:
-    """Refuses before anything is written when the disk cannot hold it: ranks that fail apart would wait for each other."""
+    """Refuses before anything is written: ranks that met a full disk apart would wait for each other."""
     # Weights, float32 master weights and two moments at most; ZeRO shards the last three between ranks of one disk.
     need = sum(p.numel() for p in engine.module.parameters()) * 16 + 2**20
     run.mkdir(parents=True, exist_ok=True)

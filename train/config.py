@@ -123,7 +123,9 @@ class TrainConfig:
         }
         for name, value in positive.items():
             if value < 1:
-                raise UserError(f"Recipe {self.recipe}: --{name.replace('_', '-')} is {value} and must be at least 1.")
+                raise UserError(
+                    f"Recipe {self.recipe}: --{name.replace('_', '-')} is {value} and must be at least 1."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary, for meta.json and MLflow."""

@@ -21,7 +21,6 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
-from eval.hashing import short_hash
 from eval.provenance import versions
 from shards import BatchLoader, Manifest
 from train import checkpoint
@@ -31,6 +30,12 @@ from train.task import Batch, Task
 from train.telemetry import RunLog, SharedFailure
 
 __all__ = ["Preempted", "train"]
+
+
+RECOVERY = (
+    "The last checkpoint is whole: lower --optimizer.lr or look at these examples with `headsplat shards check`, "
+    "then run the same command again."
+)
 
 
 class Preempted(Exception):
@@ -55,8 +60,8 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    manifest = Manifest.load(data)
-    fingerprint = short_hash(sorted(shard.sha256 for shard in manifest.shards))
+    manifest = readable(data)
+    fingerprint = manifest.fingerprint
     stop = StopSignal()
 
     with claimed(run):
@@ -72,7 +77,9 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         if newest is None and rank == 0:
             task.export(module, run / "initial", provenance | {"step": 0})
         engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=deepspeed_json(config, world_size)
+            model=module,
+            model_parameters=list(module.parameters()),
+            config=deepspeed_json(config, world_size),
         )
         first = 0
         if newest is not None:
@@ -125,11 +132,25 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
                 where = checkpoint.save(engine, run, meta, config.checkpoint.keep)
                 log.say(f"wrote {where.name}")
             if stopping and done < config.steps:
-                raise Preempted(f"stopped at step {done} of {config.steps}; the same command goes on from there")
+                raise Preempted(
+                    f"stopped at step {done} of {config.steps}; the same command goes on from there"
+                )
         with whole_weights(engine, config.zero_stage):
             if rank == 0:
                 task.export(engine.module, run / "export", provenance | {"step": config.steps})
         dist.barrier()
+
+
+def readable(data: Path) -> Manifest:
+    """The shards' manifest.
+
+    Raises:
+        SharedFailure: it cannot be used. Every rank reads it and finds the same.
+    """
+    try:
+        return Manifest.load(data)
+    except UserError as error:
+        raise SharedFailure(str(error)) from error
 
 
 def accumulate(
@@ -148,7 +169,11 @@ def accumulate(
         waited += time.perf_counter() - asked
         ids += batch["ids"]
         batch = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        loss, parts = engine(batch)
+        try:
+            loss, parts = engine(batch)
+        except UserError as error:
+            # Only this rank may have seen it, so it speaks for itself; the launcher ends the others.
+            raise UserError(f"Examples {', '.join(batch['ids'])}: {error} {RECOVERY}") from error
         engine.backward(loss)
         for name, value in {"loss": loss.detach(), **parts}.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float() / micro_batches
@@ -175,8 +200,7 @@ def require_finite(mean: float, own: float, ids: list[str], step: int) -> None:
     dist.all_gather_object(reports, (own, ids))
     culprits = [name for loss, names in reports if not math.isfinite(loss) for name in names]
     raise SharedFailure(
-        f"The loss is {mean} at step {step + 1}, from the examples {', '.join(culprits)}. The last checkpoint is whole; "
-        "lower --optimizer.lr or look at these examples with `headsplat shards check`, then run the same command again."
+        f"The loss is {mean} at step {step + 1}, from the examples {', '.join(culprits)}. {RECOVERY}"
     )
 
 
@@ -204,7 +228,9 @@ def agreed_checkpoint(run: Path, config: TrainConfig, data: str) -> tuple[Path, 
             f"{run} holds a checkpoint of another model (recipe {meta.config.get('recipe')}); choose another RUN=."
         )
     if meta.data != data:
-        raise SharedFailure(f"{run} was trained on other shards than the ones given; choose another RUN= or the same DATA=.")
+        raise SharedFailure(
+            f"{run} was trained on other shards than the ones given; choose another RUN= or the same DATA=."
+        )
     return newest
 
 
@@ -267,7 +293,12 @@ def single_process_environment() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
 
 
@@ -284,5 +315,3 @@ def losses(run: Path, rank: int = 0) -> list[float]:
         if "loss" in values:
             told[values["step"]] = values["loss"]
     return [told[step] for step in sorted(told)]
-
-

@@ -72,7 +72,9 @@ class Avat3rMethod:
                 f"{inputs.expression_kind}."
             )
         views = views_of(inputs)
-        return Avat3rAvatar(self.model, self.model.encode(views), views, self.expression_kind, inputs.provenance)
+        return Avat3rAvatar(
+            self.model, self.model.encode(views), views, self.expression_kind, inputs.provenance
+        )
 
 
 class Avat3rAvatar:
@@ -125,6 +127,8 @@ class Avat3rAvatar:
         weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or any(name.startswith(model.drive_prefixes) for name in missing):
-            raise UserError(f"{folder / 'avatar.safetensors'} does not fit its avatar.json; make the avatar again.")
+            raise UserError(
+                f"{folder / 'avatar.safetensors'} does not fit its avatar.json; make the avatar again."
+            )
         views = Views(**{n: state.get(f"views.{n}") for n in VIEW_TENSORS})  # type: ignore[arg-type]
         return cls(model.eval(), state["tokens"], views, values["expression_kind"], values["provenance"])

@@ -71,14 +71,20 @@ class Avat3rConfig:
         if self.size % self.patch:
             refuse(f"size {self.size} is no multiple of patch {self.patch}; change one of them.")
         if self.patch % 2**self.upsample_stages:
-            refuse(f"patch {self.patch} cannot be halved {self.upsample_stages} times; lower upsample_stages.")
+            refuse(
+                f"patch {self.patch} cannot be halved {self.upsample_stages} times; lower upsample_stages."
+            )
         if self.width % self.head_width:
             refuse(f"width {self.width} is no multiple of head_width {self.head_width}.")
         for stage in range(1, self.upsample_stages + 1):
             if self.stage_width(stage) % self.head_width:
-                refuse(f"upsampler width {self.stage_width(stage)} is no multiple of head_width {self.head_width}.")
+                refuse(
+                    f"upsampler width {self.stage_width(stage)} is no multiple of head_width {self.head_width}."
+                )
         if self.confidence_space not in get_args(ConfidenceSpace):
-            refuse(f"confidence_space {self.confidence_space!r} is none of {', '.join(get_args(ConfidenceSpace))}.")
+            refuse(
+                f"confidence_space {self.confidence_space!r} is none of {', '.join(get_args(ConfidenceSpace))}."
+            )
         if self.position_skip and not self.position_prior:
             refuse("position_skip needs position_prior; switch both off or both on.")
 

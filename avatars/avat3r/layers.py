@@ -5,6 +5,7 @@ Shape letters: B batch, N views, T tokens, D width, S expression tokens, G grid 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, T, D), context (B, S, D) -> (B, T, D)."""
+        """X (B, T, D), context (B, S, D) -> (B, T, D)."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
         attended = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
@@ -74,7 +75,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, expression: Tensor) -> Tensor:
-        """x (B, T, D), expression (B, S, D) -> (B, T, D)."""
+        """X (B, T, D), expression (B, S, D) -> (B, T, D)."""
         x = x + self.attention(self.norm1(x), expression)
         return x + self.mlp(self.norm2(x))
 
@@ -98,7 +99,11 @@ class WindowBlock(nn.Module):
         cells = grid // window
         x = x.view(batch, cells, window, cells, window, width).transpose(2, 3)
         x = self.block(x.reshape(batch * cells * cells, window * window, width))
-        x = x.view(batch, cells, cells, window, window, width).transpose(2, 3).reshape(batch, grid, grid, width)
+        x = (
+            x.view(batch, cells, cells, window, window, width)
+            .transpose(2, 3)
+            .reshape(batch, grid, grid, width)
+        )
         return torch.roll(x, (shift, shift), (1, 2)) if shift else x
 
 
@@ -110,10 +115,12 @@ class Upsampler(nn.Module):
 
     def __init__(self, widths: list[int], head_width: int, blocks: int, window: int) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.expand = nn.ModuleList(nn.Linear(wide, 4 * narrow) for wide, narrow in pairs)
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(WindowBlock(narrow, head_width, window, shifted=bool(i % 2)) for i in range(blocks)))
+            nn.Sequential(
+                *(WindowBlock(narrow, head_width, window, shifted=bool(i % 2)) for i in range(blocks))
+            )
             for _, narrow in pairs
         )
         self.norm = nn.LayerNorm(widths[-1])

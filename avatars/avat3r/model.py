@@ -122,13 +122,19 @@ class Avat3r(nn.Module):
         self.config = config
         width = config.width
         self.patchify = nn.Conv2d(config.input_channels, width, config.patch, config.patch, bias=False)
-        self.grid_embedding = nn.Parameter(torch.zeros(config.grid**2, width))  # one view's, shared by all views
+        self.grid_embedding = nn.Parameter(
+            torch.zeros(config.grid**2, width)
+        )  # one view's, shared by all views
         self.merge_features = (
             nn.Linear(width + config.feature_dim, width) if config.feature_dim else nn.Identity()
         )
         self.norm_in = nn.LayerNorm(width)
-        self.self_blocks = nn.ModuleList(SelfBlock(width, config.head_width) for _ in range(config.self_layers))
-        self.cross_blocks = nn.ModuleList(CrossBlock(width, config.head_width) for _ in range(config.cross_layers))
+        self.self_blocks = nn.ModuleList(
+            SelfBlock(width, config.head_width) for _ in range(config.self_layers)
+        )
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(width, config.head_width) for _ in range(config.cross_layers)
+        )
         self.expression_tokens = nn.Sequential(
             nn.Linear(config.expression_dim, config.expression_hidden),
             nn.ReLU(),
@@ -162,8 +168,8 @@ class Avat3r(nn.Module):
             for layer in (block.attention.out, block.mlp[2]):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
         for head in self.heads.values():
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def drive_prefixes(self) -> tuple[str, ...]:
@@ -273,7 +279,10 @@ class Avat3r(nn.Module):
             anchor = anchor.unflatten(0, views.images.shape[:2])
         means = anchor + raw["position"] * self.config.position_unit
         # The footprint of a pixel at the anchor, so that resolution and distance need no learning.
-        rotation, translation = views.world_to_camera[..., :3, :3].float(), views.world_to_camera[..., :3, 3].float()
+        rotation, translation = (
+            views.world_to_camera[..., :3, :3].float(),
+            views.world_to_camera[..., :3, 3].float(),
+        )
         depth = torch.einsum("bnj,bnjhw->bnhw", rotation[..., 2, :], anchor) + translation[..., 2, None, None]
         focal = (views.K[..., 0, 0] + views.K[..., 1, 1]).float()[..., None, None] / 2
         footprint = (FOOTPRINT * depth.clamp(min=1e-3) / focal)[:, :, None]
@@ -296,7 +305,9 @@ class Avat3r(nn.Module):
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes `model.safetensors` (float32) and `model.json` (configuration and provenance)."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = {
+            name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }
         save_file(state, folder / "model.safetensors")
         description = {"method": "avat3r", "config": self.config.to_json(), "provenance": provenance}
         (folder / "model.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -311,7 +322,9 @@ class Avat3r(nn.Module):
         folder = Path(folder)
         description = folder / "model.json"
         if not description.is_file():
-            raise UserError(f"{folder} holds no model.json. Train one with `make train`, or name its export folder.")
+            raise UserError(
+                f"{folder} holds no model.json. Train one with `make train`, or name its export folder."
+            )
         values = json.loads(description.read_text())
         if values.get("method") != "avat3r":
             raise UserError(f"{description} describes a model of {values.get('method')!r}, not of avat3r.")
