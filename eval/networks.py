@@ -73,7 +73,7 @@ class Judge:
 
 
 def available_weights(device: str | torch.device = "cpu") -> Iterator[tuple[str, bool, str]]:
-    """(metric, whether it can be measured here, weights with hashes or the reason why not) of each network."""
+    """Of each network: the metric, whether it can be measured here, and its weights or the reason why not."""
     for definition in (LPIPS, AKD, CSIM):
         try:
             judge = load_judge(definition, device)
@@ -121,7 +121,9 @@ def find_weights(name: str, prefix: str) -> tuple[Path, str]:
                     f"{path} has sha256 {digest[:12]}…, the published file starts with {prefix}"
                 )
             return path, digest
-    raise NotAvailable(f"{name} is not in the folder that {WEIGHTS_VARIABLE} names")
+    if given:
+        raise NotAvailable(f"{name} is not in {given}, the folder that {WEIGHTS_VARIABLE} names")
+    raise NotAvailable(f"it needs {name} in a folder that {WEIGHTS_VARIABLE} names")
 
 
 def _lpips(definition: Definition, device: str | torch.device) -> Judge:

@@ -139,7 +139,10 @@ def comparison_sheet(
             shown = [entry for entry in row.pictures if "file" in entry]
             entry = shown[index % len(shown)]
             if column == 2:
-                mosaic = _mosaic([_load(path) for path in sorted(folder.glob("input-*.png"))])
+                inputs = sorted(folder.glob("input-*.png"))
+                if not inputs:
+                    raise UserError(f"{folder} holds no pictures. Evaluate {row.method} on {subject} again.")
+                mosaic = _mosaic([_load(path) for path in inputs])
                 _place(sheet, draw, mosaic, 0, line, "", HEADER)
                 label = f"t {entry['timestep']} · {entry['camera']}"
                 _place(sheet, draw, _load(folder / f"{entry['file']}-target.png"), 1, line, label, HEADER)

@@ -85,7 +85,7 @@ def dashboard_command(uri: str, port: int = 5000, host: str = "127.0.0.1") -> li
     if uri.startswith(("http://", "https://")):
         raise UserError(f"The tracking store {uri} is a server: open it in a browser.")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return [*command, "--host", host, "--port", str(port)]
+    return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
