@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +50,8 @@ class Capture(ABC):
         head: name of the parametric head that tracked the capture, or None.
         identity: (I,) float32 identity code of that head, or None.
         has_depth: whether views come with depth.
+        lacks: what a capture of this layout does not have and others have, each with the reason and the
+            remedy.
     """
 
     subject: str
@@ -61,6 +65,16 @@ class Capture(ABC):
     head: str | None = None
     identity: NDArray[np.float32] | None = None
     has_depth: bool = False
+    lacks: Mapping[str, str] = MappingProxyType({})
+
+    def require(self, what: str, purpose: str) -> None:
+        """Refuses a capture that lacks `what` ("expressions", "head pose", "masks").
+
+        Raises:
+            UserError: it does; the sentence says what for it is needed and what to do.
+        """
+        if what in self.lacks:
+            raise UserError(f"{self.capture_id} cannot be used for {purpose}: {self.lacks[what]}.")
 
     @abstractmethod
     def camera_matrices(self, t: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -106,8 +120,18 @@ def read_capture(path: str | Path) -> Capture:
         from shards.readers.ava256 import Ava256Capture
 
         return Ava256Capture(path)
+    if any((path / name).is_file() for name in ("transforms_train.json", "transforms.json")):
+        from shards.readers.vhap import VhapCapture
+
+        return VhapCapture(path)
+    if path.resolve().parent.name == "sequences":
+        from shards.readers.nersemble import NersembleV1Capture, NersembleVideoCapture
+
+        layout = NersembleVideoCapture if (path / "images").is_dir() else NersembleV1Capture
+        return layout(path.resolve())
     raise UserError(
-        f"{path} is not a capture: it holds no capture.json (synthetic) and no decoder folder (Ava-256)."
+        f"{path} is not a capture: it holds no capture.json (synthetic), no decoder folder (Ava-256) and no"
+        " transforms.json (VHAP), and is no sequence of NeRSemble (<participant>/sequences/<sequence>)."
         " A synthetic capture without it was not finished: run `headsplat synth` again."
     )
 

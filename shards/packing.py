@@ -433,6 +433,8 @@ def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
     seen: dict[str, Capture] = {}
     stems: dict[str, str] = {}
     for capture in captures:
+        for part in ("expressions", "head pose", "masks"):
+            capture.require(part, "packing")
         if capture.subject in seen:
             raise UserError(
                 f"{capture.subject} is in two captures, {seen[capture.subject].capture_id} and"

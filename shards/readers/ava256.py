@@ -125,13 +125,13 @@ class Ava256Capture(Capture):
             if self._masks == "foreground_masks"
             else np.where(np.isin(cut, NOT_HEAD), 0, 255).astype(np.uint8)
         )
-        coverage = mask.astype(np.float32)[..., None] / 255
-        linear = stored.astype(np.float32) / 255
+        coverage = (mask[..., None] / 255).astype(np.float32)
+        linear = (stored / 255).astype(np.float32)
         background = self._background(v)
         if background is None:
-            linear *= coverage
+            linear = linear * coverage
         else:  # what of a pixel is studio is known and taken away, in the linear colours that light adds up in
-            linear = np.clip(linear - (1 - coverage) * background, 0, 1)
+            linear = np.clip(linear - (1 - coverage) * background, 0, 1).astype(np.float32)
         image = np.round(linear_to_srgb(linear) * 255).astype(np.uint8)
         return View(image=image, mask=mask)
 
@@ -207,7 +207,7 @@ class Ava256Capture(Capture):
         if v not in self._backgrounds:
             archive = self._zip(self._decoder / "background_image" / "background_image.zip")
             picture = None if archive is None else archive.picture(f"{self.camera_ids[v]}.avif")
-            self._backgrounds[v] = None if picture is None else picture.astype(np.float32) / 255
+            self._backgrounds[v] = None if picture is None else (picture / 255).astype(np.float32)
         return self._backgrounds[v]
 
     def _zip(self, path: Path) -> _Zip | None:
