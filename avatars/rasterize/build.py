@@ -111,6 +111,8 @@ def _compile(compiler: str, library: Path) -> None:
         command = [*compiler.split(), *FLAGS, "-o", str(target), str(SOURCES[0])]
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        except OSError as error:
+            raise BuildError(f"the compiler {compiler} cannot be run ({error.strerror})") from error
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{compiler} did not finish in {COMPILE_SECONDS} s") from error
         if result.returncode != 0:
