@@ -3,7 +3,7 @@
 from shards.capture import Capture, View, read_capture
 from shards.checking import Finding, check
 from shards.contents import Contents, contact_sheet, info
-from shards.loading import BatchLoader
+from shards.loading import BatchLoader, to_float
 from shards.manifest import Manifest
 from shards.packing import pack
 from shards.plans import Example, Plan, plan
@@ -28,4 +28,5 @@ __all__ = [
     "pack",
     "plan",
     "read_capture",
+    "to_float",
 ]

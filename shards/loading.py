@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from shards.manifest import Manifest, ShardInfo
 from shards.plans import Example, Plan
-from shards.reading import decode_views, read_description, read_prior
+from shards.reading import decode_views, fill_prior, float_masks, float_pictures, read_description
 from shards.tarfiles import ShardReader
 
-__all__ = ["BatchLoader"]
+__all__ = ["BatchLoader", "to_float"]
 
 OPEN_SHARDS = 256  # file handles kept; a rank reads far fewer side by side
 
@@ -56,6 +56,9 @@ class BatchLoader:
         views: target views of an example, v.
         threads: decoding threads. They change nothing in what comes out.
         prefetch: batches that are worked on ahead of the one asked for.
+        raw: pictures and masks as they are decoded, uint8 in [0, 255], and position maps and confidence as
+            they are stored, float16: a fifth of the memory. `to_float` makes of them what comes without
+            `raw`.
 
     Attributes:
         step: number of the next micro-batch.
@@ -78,6 +81,7 @@ class BatchLoader:
         views: int = 8,
         threads: int = 2,
         prefetch: int = 2,
+        raw: bool = False,
     ) -> None:
         self.manifest = Manifest.load(folder)
         shards = self.manifest.split(split)
@@ -86,7 +90,7 @@ class BatchLoader:
         self.wait_seconds = 0.0
         self._place: dict[str, int] = {"micro_batch": micro_batch, "world_size": world_size, "rank": rank}
         self._shards = _OpenShards(self.manifest.folder, shards)
-        self._prefetch = prefetch
+        self._prefetch, self._raw = prefetch, raw
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headsplat-loader")
         self._ahead: deque[_Pending] = deque()
         self._asked = start
@@ -123,64 +127,74 @@ class BatchLoader:
         examples = self.plan.batch(step, **self._place)
         settings = self.manifest.settings
         size, n, v = settings.size, settings.n_inputs, self.plan.views
-        shapes: dict[str, tuple[int, ...]] = {
-            "input_images": (n, 3, size, size),
-            "input_masks": (n, 1, size, size),
-            "input_K": (n, 3, 3),
-            "input_world_to_camera": (n, 4, 4),
-            "expression": (self.manifest.expression_length,),
-            "target_images": (v, 3, size, size),
-            "target_masks": (v, 1, size, size),
-            "target_K": (v, 3, 3),
-            "target_world_to_camera": (v, 4, 4),
+        pixels, prior = (np.uint8, np.float16) if self._raw else (np.float32, np.float32)
+        picture = (size, size, 3) if self._raw else (3, size, size)
+        layout: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "input_images": (pixels, (n, *picture)),
+            "input_masks": (pixels, (n, 1, size, size)),
+            "input_K": (np.float32, (n, 3, 3)),
+            "input_world_to_camera": (np.float32, (n, 4, 4)),
+            "expression": (np.float32, (self.manifest.expression_length,)),
+            "target_images": (pixels, (v, *picture)),
+            "target_masks": (pixels, (v, 1, size, size)),
+            "target_K": (np.float32, (v, 3, 3)),
+            "target_world_to_camera": (np.float32, (v, 4, 4)),
         }
         if settings.prior != "none":
-            shapes["input_positions"] = (n, 3, size, size)
-            shapes["input_confidence"] = (n, 1, size, size)
-        arrays = {name: np.empty((len(examples), *shape), np.float32) for name, shape in shapes.items()}
+            layout["input_positions"] = (prior, (n, 3, size, size))
+            layout["input_confidence"] = (prior, (n, 1, size, size))
+        arrays = {name: np.empty((len(examples), *shape), kind) for name, (kind, shape) in layout.items()}
         futures = [
             self._pool.submit(self._fill, example, {name: array[i] for name, array in arrays.items()})
             for i, example in enumerate(examples)
         ]
         return _Pending(arrays, futures)
 
-    def _fill(self, example: Example, out: dict[str, NDArray[np.float32]]) -> str:
+    def _fill(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
         """Reads one example into its rows of the batch; returns its name."""
         with self._shards.reader(example.shard) as reader:
-            size = self.manifest.size
             inputs, target = f"inputs-{example.input_set:03d}", f"target-{example.target:05d}"
             described = read_description(reader, inputs)
             names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
-            _fill_views(reader, inputs, names, size, out["input_images"], out["input_masks"])
+            self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"])
             _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
             if "input_positions" in out:
-                out["input_positions"][:], out["input_confidence"][:] = read_prior(
-                    reader, inputs, names, size
-                )
+                fill_prior(reader, inputs, names, out["input_positions"], out["input_confidence"])
             described = read_description(reader, target)
             names = [f"{i:03d}" for i in example.views]
-            _fill_views(reader, target, names, size, out["target_images"], out["target_masks"])
+            self._fill_views(reader, target, names, out["target_images"], out["target_masks"])
             cameras = [described["cameras"][i] for i in example.views]
             _fill_cameras(cameras, out["target_K"], out["target_world_to_camera"])
             out["expression"][:] = described["expression"]
         views = ",".join(str(described["cameras"][i]["camera"]) for i in example.views)
         return f"{described['subject']}/{described['timestep']}/{inputs}/{views}@{example.position}"
 
+    def _fill_views(
+        self, reader: ShardReader, key: str, names: list[str], images: NDArray[Any], masks: NDArray[Any]
+    ) -> None:
+        """Decodes views into their rows of a batch, through a copy unless they stay as they are."""
+        if self._raw:
+            decode_views(reader, key, names, images, masks[:, 0])
+            return
+        size = self.manifest.size
+        pixels = np.empty((len(names), size, size, 3), np.uint8)
+        coverage = np.empty((len(names), size, size), np.uint8)
+        decode_views(reader, key, names, pixels, coverage)
+        float_pictures(pixels, coverage, out=images)
+        float_masks(coverage, out=masks)
 
-def _fill_views(
-    reader: ShardReader,
-    key: str,
-    names: list[str],
-    size: int,
-    images: NDArray[np.float32],
-    masks: NDArray[np.float32],
-) -> None:
-    """Decodes views into `images` (v, 3, H, W) and `masks` (v, 1, H, W)."""
-    pixels = np.empty((len(names), size, size, 3), np.uint8)
-    coverage = np.empty((len(names), size, size), np.uint8)
-    decode_views(reader, key, names, pixels, coverage)
-    np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=images)
-    np.divide(coverage[:, None], np.float32(255), out=masks)
+
+def to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    """Makes of a raw batch, on whatever device it is, what comes without `raw`."""
+    made = dict(batch)
+    for kind in ("input", "target"):
+        images, masks = batch[f"{kind}_images"], batch[f"{kind}_masks"]
+        made[f"{kind}_images"] = (images * (masks > 0)).float().mul_(1 / 255).contiguous()
+        made[f"{kind}_masks"] = masks.float().mul_(1 / 255)
+    for name in ("input_positions", "input_confidence"):
+        if name in batch:
+            made[name] = batch[name].float()
+    return made
 
 
 def _fill_cameras(
@@ -195,7 +209,7 @@ def _fill_cameras(
 class _Pending:
     """A batch that threads are filling."""
 
-    arrays: dict[str, NDArray[np.float32]]
+    arrays: dict[str, NDArray[Any]]
     futures: list[Future[str]]
 
     def result(self) -> dict[str, Any]:
@@ -205,7 +219,11 @@ class _Pending:
         except BaseException:
             self.cancel()
             raise
-        return {**{name: torch.from_numpy(array) for name, array in self.arrays.items()}, "ids": ids}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        for name in ("input_images", "target_images"):
+            if batch[name].shape[-1] == 3 and batch[name].dtype == torch.uint8:  # decoders write (H, W, 3)
+                batch[name] = batch[name].permute(0, 1, 4, 2, 3)
+        return {**batch, "ids": ids}
 
     def cancel(self) -> None:
         for future in self.futures:

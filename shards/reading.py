@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -130,11 +132,11 @@ class Target:
 
     def images(self, views: Sequence[int]) -> Tensor:
         """Pictures (v, 3, H, W) float on black of the given views."""
-        return _to_float(self._decode(views)[0]).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(float_pictures(*self._decode(views)))
 
     def masks(self, views: Sequence[int]) -> Tensor:
         """Coverage (v, 1, H, W) in [0, 1] of the given views."""
-        return _to_float(self._decode(views, pictures=False)[1])[:, None]
+        return torch.from_numpy(float_masks(self._decode(views, pictures=False)[1]))
 
     def _decode(
         self, views: Sequence[int], pictures: bool = True
@@ -161,8 +163,8 @@ def read_input_set(reader: ShardReader, key: str, size: int) -> InputSet:
     )
     identity = described["identity"]
     return InputSet(
-        images=_to_float(images).permute(0, 3, 1, 2).contiguous(),
-        masks=_to_float(masks)[:, None],
+        images=torch.from_numpy(float_pictures(images, masks)),
+        masks=torch.from_numpy(float_masks(masks)),
         cameras=cameras_of(pictures),
         positions=None if positions is None else torch.from_numpy(positions).float(),
         confidence=None if confidence is None else torch.from_numpy(confidence).float(),
@@ -216,34 +218,59 @@ def decode_views(
         decode_mask(found[f"{name}.mask.png"], masks[i], f"{where}.mask.png")
         if images is not None:
             decode_jpeg(found[f"{name}.jpg"], images[i], f"{where}.jpg")
-            images[i][masks[i] == 0] = 0
 
 
 def read_prior(
     reader: ShardReader, key: str, names: Sequence[str], size: int
 ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """Position maps (N, 3, H, W) and confidence (N, 1, H, W) of one input set, as stored."""
-    wanted = [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")]
-    found = reader.read(key, wanted)
+    positions = np.empty((len(names), 3, size, size), np.float16)
+    confidence = np.empty((len(names), 1, size, size), np.float16)
+    fill_prior(reader, key, names, positions, confidence)
+    return positions, confidence
 
-    def stacked(kind: str, channels: int) -> NDArray[np.float16]:
-        maps = []
-        for name in names:
-            where = f"{reader.path}: {key}.{name}.{kind}.npy"
-            try:
-                array = np.load(io.BytesIO(found[f"{name}.{kind}.npy"]), allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{where} cannot be read ({error}). Pack the shards again.") from None
-            if array.shape != (channels, size, size) or array.dtype != np.float16:
-                raise UserError(
-                    f"{where} is {array.dtype} {array.shape} where float16 {(channels, size, size)} is"
-                    " declared."
-                    " Pack the shards again."
-                )
-            maps.append(array)
-        return np.stack(maps)
 
-    return stacked("position", 3), stacked("confidence", 1)
+def fill_prior(
+    reader: ShardReader,
+    key: str,
+    names: Sequence[str],
+    positions: NDArray[np.floating],
+    confidence: NDArray[np.floating],
+) -> None:
+    """Reads an input set's maps into `positions` (N, 3, H, W) and `confidence` (N, 1, H, W)."""
+    found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")])
+    for kind, out in (("position", positions), ("confidence", confidence)):
+        for i, name in enumerate(names):
+            data, where = found[f"{name}.{kind}.npy"], f"{reader.path}: {key}.{name}.{kind}.npy"
+            header = _npy_header(out.shape[1:])
+            if data.startswith(header) and len(data) == len(header) + 2 * out[i].size:
+                out[i] = np.frombuffer(data, np.float16, offset=len(header)).reshape(out.shape[1:])
+            else:
+                out[i] = _other_npy(data, out.shape[1:], where)
+
+
+@cache
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """What a float16 array file of this shape begins with, as numpy writes it: comparing is faster than
+    parsing.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(shape, np.float16))
+    return buffer.getvalue()[: -2 * math.prod(shape)]
+
+
+def _other_npy(data: bytes, shape: tuple[int, ...], where: str) -> NDArray[np.float16]:
+    """An array file whose header numpy has to parse."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{where} cannot be read ({error}). Pack the shards again.") from None
+    if array.shape != shape or array.dtype != np.float16:
+        raise UserError(
+            f"{where} is {array.dtype} {array.shape} where float16 {shape} is declared. Pack the shards"
+            " again."
+        )
+    return array
 
 
 def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:
@@ -254,5 +281,16 @@ def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:
     )
 
 
-def _to_float(pictures: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(pictures).float() / 255
+def float_pictures(
+    images: NDArray[np.uint8], masks: NDArray[np.uint8], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Pictures (v, H, W, 3) as (v, 3, H, W) float in [0, 1]; what JPEG smeared over the mask's edge is
+    removed.
+    """
+    scale = np.where(masks > 0, np.float32(1 / 255), np.float32(0))
+    return np.multiply(images.transpose(0, 3, 1, 2), scale[:, None], out=out, order="C")
+
+
+def float_masks(masks: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Masks (v, H, W) as (v, 1, H, W) float in [0, 1]."""
+    return np.multiply(masks[:, None], np.float32(1 / 255), out=out)

@@ -6,7 +6,7 @@ import torch
 from tiny_captures import pack_tiny
 
 from avatars.errors import UserError
-from shards import BatchLoader, Manifest, open_shards, plan
+from shards import BatchLoader, Manifest, open_shards, plan, to_float
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,24 @@ def test_a_batch_is_what_the_plan_says(shards):
                 cameras = target.cameras[list(example.views)]
                 torch.testing.assert_close(batch["target_K"][i], cameras.K)
                 torch.testing.assert_close(batch["target_world_to_camera"][i], cameras.world_to_camera)
+
+
+def test_raw_batches_are_the_same_in_fewer_bytes(shards):
+    options = {"seed": 0, "micro_batch": 2, "views": 3}
+    with (
+        BatchLoader(shards, "train", **options) as loader,
+        BatchLoader(shards, "train", raw=True, **options) as raw,
+    ):
+        batch, bytes_ = next(loader), next(raw)
+    assert bytes_["target_images"].dtype == torch.uint8
+    assert bytes_["input_positions"].dtype == torch.float16
+    made = to_float(bytes_)
+    assert made["ids"] == batch["ids"]
+    for name in set(batch) - {"ids"}:
+        assert torch.equal(made[name], batch[name]), name
+        assert bytes_[name].shape == batch[name].shape
+    outside = (batch["target_masks"] == 0).expand_as(batch["target_images"])
+    assert (batch["target_images"][outside] == 0).all()
 
 
 def test_resuming_equals_never_having_stopped(shards):
