@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eval.metrics import PSNR_CAP, Definition, Pictures, psnr, ssim
+from eval.metrics import PSNR_CAP, Definition, Pictures, masked_mean, psnr, ssim_map
 from eval.networks import Judge, NotAvailable, load_judge
 
 __all__ = ["Meter", "Score"]
@@ -73,22 +73,26 @@ class Meter:
             target: C pictures of the same size.
             mask: (C, 1, H, W) coverage of the target.
         """
-        p, t, m = (tensor.to(self.device) for tensor in (prediction.tensor, target.tensor, mask))
         found: dict[str, list[float | None]] = {}
         for metric in self.metrics:
-            if metric.key in self.missing:
-                continue
-            inside = m if metric.key.endswith("_masked") else None
-            if metric.network is not None:
+            if metric.network is not None and metric.key not in self.missing:
                 try:
                     found[metric.key] = self._judges[metric.key].measure(prediction, target)
                 except NotAvailable as reason:
                     self.missing[metric.key] = f"not available: {reason}"
-            elif metric.key.startswith("psnr"):
-                found[metric.key] = [_number(value, PSNR_CAP) for value in psnr(p, t, inside).tolist()]
-            else:
-                found[metric.key] = [_number(value) for value in ssim(p, t, inside).tolist()]
-        return [{key: values[index] for key, values in found.items()} for index in range(p.shape[0])]
+        measured = []
+        # One picture at a time: no number depends on the batch, and the planes stay in the processor's cache.
+        for index in range(prediction.tensor.shape[0]):
+            one = slice(index, index + 1)
+            formulas = _formulas(
+                prediction.tensor[one].to(self.device),
+                target.tensor[one].to(self.device),
+                mask[one].to(self.device),
+            )
+            judged = {key: values[index] for key, values in found.items()}
+            everything = {**formulas, **judged}
+            measured.append({m.key: everything[m.key] for m in self.metrics if m.key in everything})
+        return measured
 
     def score(self, measured: list[dict[str, float | None]]) -> Score:
         """Means over the pictures that `measure` returned."""
@@ -107,6 +111,18 @@ class Meter:
         return score
 
 
-def _number(value: float, cap: float = math.inf) -> float | None:
+def _formulas(prediction: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
+    """PSNR and SSIM of one picture (1, 3, H, W), whole and inside its mask, from one SSIM map."""
+    similarity = ssim_map(prediction, target)
+    return {
+        "psnr": _number(psnr(prediction, target), PSNR_CAP),
+        "ssim": _number(masked_mean(similarity)),
+        "psnr_masked": _number(psnr(prediction, target, mask), PSNR_CAP),
+        "ssim_masked": _number(masked_mean(similarity, mask)),
+    }
+
+
+def _number(result: Tensor, cap: float = math.inf) -> float | None:
     """A number that JSON can hold: nan (nothing to measure) is None, and what is above the cap is the cap."""
+    value = result.item()
     return None if math.isnan(value) else min(value, cap)

@@ -30,6 +30,7 @@ __all__ = [
     "SSIM_MASKED",
     "Definition",
     "Pictures",
+    "masked_mean",
     "psnr",
     "ssim",
     "ssim_map",
@@ -218,7 +219,7 @@ def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
         UserError: the shapes differ.
     """
     _check_shapes(prediction, target, mask)
-    return -10 * torch.log10(_mean((prediction - target).square(), mask))
+    return -10 * torch.log10(masked_mean((prediction - target).square(), mask))
 
 
 def ssim(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -240,7 +241,15 @@ def ssim(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
         UserError: the shapes differ or a side is shorter than 6 pixels.
     """
     _check_shapes(prediction, target, mask)
-    return _mean(ssim_map(prediction, target), mask)
+    return masked_mean(ssim_map(prediction, target), mask)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(C,) mean of (C, 3, H, W) over channels and pixels, or over the pixels where (C, 1, H, W) is at least 0.5."""
+    if mask is None:
+        return values.mean(dim=(1, 2, 3))
+    inside = (mask >= 0.5).to(values.dtype)
+    return (values * inside).sum(dim=(1, 2, 3)) / (inside.sum(dim=(1, 2, 3)) * values.shape[1])
 
 
 def ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
@@ -282,14 +291,6 @@ def _check_shapes(prediction: Tensor, target: Tensor, mask: Tensor | None) -> No
             f"The mask is {tuple(mask.shape)}; pictures of {tuple(prediction.shape)} need "
             f"{(prediction.shape[0], 1, *prediction.shape[-2:])}."
         )
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(C,) mean of (C, 3, H, W) over channels and pixels, or over the pixels inside `mask`."""
-    if mask is None:
-        return values.mean(dim=(1, 2, 3))
-    inside = (mask >= 0.5).to(values.dtype)
-    return (values * inside).sum(dim=(1, 2, 3)) / (inside.sum(dim=(1, 2, 3)) * values.shape[1])
 
 
 def _blur(pictures: Tensor) -> Tensor:
