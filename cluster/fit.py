@@ -220,7 +220,7 @@ def fit_one(arguments: dict[str, Any], report: Report) -> dict[str, Any]:
         "steps": config.steps,
         "resumed_from": fitted.resumed_from,
         "losses": last,
-        "hardware": hardware(device),
+        "hardware": hardware(),
         "notes": list(fitted.notes),
         "config": asdict(config),
         "inputs": inputs.provenance,
@@ -264,14 +264,14 @@ def read_result(folder: str | Path) -> dict[str, Any] | None:
     return result if {"avatar.json", "avatar.safetensors"} <= names else None
 
 
-def results_table(results: Iterable[FitResult]) -> Table:
+def results_table(fits: Fits) -> Table:
     """What became of everybody, for the terminal."""
     from rich.table import Table
 
     table = Table(title="Fits")
     for heading in ("method", "subject", "status", "seconds", "attempts", "loss or reason"):
         table.add_column(heading, justify="right" if heading in ("seconds", "attempts") else "left")
-    for result in results:
+    for result in fits.results:
         loss = result.result.get("losses", {}).get("loss")
         reason = result.error or ("" if loss is None else f"{loss:.5f}")
         seconds = result.result.get("seconds")

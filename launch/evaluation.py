@@ -52,6 +52,7 @@ def evaluate_fits(method: str, shards: Path, workspace: Workspace) -> list[Row]:
     """
     from avatars.method import load_avatar
     from eval.evaluate import Made
+    from eval.hashing import short_hash
 
     folder = workspace.fits / method
     results = {r.parent.name: json.loads(r.read_text()) for r in sorted(folder.glob("*/result.json"))}
@@ -62,8 +63,12 @@ def evaluate_fits(method: str, shards: Path, workspace: Workspace) -> list[Row]:
         result = results[inputs.subject]
         return Made(load_avatar(folder / inputs.subject), result["seconds"], result.get("hardware"))
 
-    checkpoint = next(iter(results.values()))["config_hash"]
-    return measure(method, read, checkpoint, shards, workspace, subjects=sorted(results))
+    configurations = {short_hash(result["config"]) for result in results.values()}
+    if len(configurations) > 1:
+        raise UserError(
+            f"{folder} holds fits of {len(configurations)} configurations; run `make fit METHOD={method}`."
+        )
+    return measure(method, read, configurations.pop(), shards, workspace, subjects=sorted(results))
 
 
 def measure(

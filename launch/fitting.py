@@ -73,8 +73,10 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         step, steps = event.report.get("step"), event.report.get("steps")
-        if step is None or not steps:
-            print(f"  {event.name}: {event.kind}", flush=True)
+        if event.kind != "progress":
+            reason = f": {event.report['error']}" if "error" in event.report else ""
+            print(f"  {event.name}: {event.kind}{reason}", flush=True)
+        if event.kind != "progress" or step is None or not steps:
             return
         tenth = 10 * step // steps
         if tenth > self._told.get(event.name, 0):
