@@ -27,11 +27,15 @@ def cache_folder() -> Path:
 
 def save_npz_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an npz that other processes see whole or not at all; the last of several writers wins."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    name = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         Path(name).replace(path)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or set HEADSPLAT_CACHE") from error
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or set HEADSPLAT_CACHE"
+        ) from error

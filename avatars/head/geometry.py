@@ -32,7 +32,9 @@ def vertex_normals(vertices: Floats, faces: Ints) -> Floats:
 def _edges(quads: Ints) -> tuple[Ints, Ints, Ints]:
     """Unique edges (E, 2), the edge of each quad side (Q, 4), and how many quads share each edge (E,)."""
     sides = np.stack([quads, np.roll(quads, -1, axis=1)], axis=-1).reshape(-1, 2)
-    unique, inverse, count = np.unique(np.sort(sides, axis=1), axis=0, return_inverse=True, return_counts=True)
+    unique, inverse, count = np.unique(
+        np.sort(sides, axis=1), axis=0, return_inverse=True, return_counts=True
+    )
     return unique, inverse.reshape(quads.shape), count
 
 
@@ -51,7 +53,9 @@ def catmull_clark(quads: Ints, n_vertices: int, *, smooth: bool = True) -> tuple
     edges, side_edge, edge_count = _edges(quads)
     n_edges, n_quads = len(edges), len(quads)
     rows = np.repeat(np.arange(n_quads), 4)
-    face_points = sparse.csr_matrix((np.full(4 * n_quads, 0.25), (rows, quads.ravel())), (n_quads, n_vertices))
+    face_points = sparse.csr_matrix(
+        (np.full(4 * n_quads, 0.25), (rows, quads.ravel())), (n_quads, n_vertices)
+    )
     rows = np.repeat(np.arange(n_edges), 2)
     midpoints = sparse.csr_matrix((np.full(2 * n_edges, 0.5), (rows, edges.ravel())), (n_edges, n_vertices))
     edge_points, old_points = midpoints, sparse.identity(n_vertices, format="csr")
@@ -60,13 +64,16 @@ def catmull_clark(quads: Ints, n_vertices: int, *, smooth: bool = True) -> tuple
         # An inner edge point is the mean of its two ends and its two face points.
         inner = (edge_count == 2).astype(float)
         edge_of_quad = sparse.csr_matrix(
-            (np.full(4 * n_quads, 0.5), (side_edge.ravel(), np.repeat(np.arange(n_quads), 4))), (n_edges, n_quads)
+            (np.full(4 * n_quads, 0.5), (side_edge.ravel(), np.repeat(np.arange(n_quads), 4))),
+            (n_edges, n_quads),
         )
         faces_at_edge = edge_of_quad @ face_points
         edge_points = sparse.diags(1 - 0.5 * inner) @ midpoints + sparse.diags(0.5 * inner) @ faces_at_edge
         # An inner vertex moves to (F + 2R + (n - 3)P) / n; a boundary vertex to 3/4 P + 1/8 of its two neighbours.
         ends, ones = edges.ravel(), np.ones(2 * n_edges)
-        vertex_edge = sparse.csr_matrix((ones, (ends, np.repeat(np.arange(n_edges), 2))), (n_vertices, n_edges))
+        vertex_edge = sparse.csr_matrix(
+            (ones, (ends, np.repeat(np.arange(n_edges), 2))), (n_vertices, n_edges)
+        )
         vertex_quad = sparse.csr_matrix(
             (np.ones(4 * n_quads), (quads.ravel(), np.repeat(np.arange(n_quads), 4))), (n_vertices, n_quads)
         )
@@ -125,7 +132,9 @@ def rasterize_uv(uv: Floats, uv_faces: Ints, resolution: int) -> tuple[Ints, Flo
     inside = (area != 0) & (np.minimum(np.minimum(w0, w1), w2) >= 0)
     triangle = np.full((n, n), -1, dtype=np.int64)
     weights = np.zeros((n, n, 3))
-    order = np.flatnonzero(inside)[::-1]  # reversed: of several writers the first triangle is the last to write
+    order = np.flatnonzero(inside)[
+        ::-1
+    ]  # reversed: of several writers the first triangle is the last to write
     triangle[y[order], x[order]] = face[order]
     weights[y[order], x[order]] = np.stack([w0, w1, w2], axis=1)[order]
     return triangle, weights

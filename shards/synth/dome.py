@@ -17,7 +17,7 @@ __all__ = ["RIGS", "Rig", "look_at", "rig"]
 Array = NDArray[np.float64]
 
 TARGET = np.array([0.0, -0.010, 0.0])  # the middle of a head with neck and hair
-EXTENT = 0.32  # metres that a picture spans at the head
+EXTENT = 0.31  # metres that a picture spans at the head
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ def _both(**weights: float) -> dict[str, float]:
 POSES: dict[str, dict[str, float]] = {
     "neutral": {},
     "smile": _both(mouthSmile=0.8, cheekSquint=0.5, eyeSquint=0.3, mouthDimple=0.3),
-    "laugh": {"jawOpen": 0.45, **_both(mouthSmile=0.9, cheekSquint=0.8, eyeSquint=0.5, mouthUpperUp=0.45, mouthLowerDown=0.3)},
+    "laugh": {
+        "jawOpen": 0.45,
+        **_both(mouthSmile=0.9, cheekSquint=0.8, eyeSquint=0.5, mouthUpperUp=0.45, mouthLowerDown=0.3),
+    },
     "grin": _both(mouthSmile=0.6, mouthUpperUp=0.6, mouthLowerDown=0.5, cheekSquint=0.4),
     "smirk left": {"mouthSmileLeft": 0.8, "mouthDimpleLeft": 0.5, "mouthLeft": 0.25},
     "smirk right": {"mouthSmileRight": 0.8, "mouthDimpleRight": 0.5, "mouthRight": 0.25},

@@ -44,13 +44,13 @@ STYLES: dict[str, HairStyle] = {
         HairStyle("side parting", 4200, 5, 0.060, 0.2, 0.0022, 0.30, 0.25, (1.0, 0.1, 0.15), 0.06, 0.5),
         HairStyle("curls", 4500, 6, 0.050, 0.25, 0.0024, 0.50, 0.35, (0.3, 0.0, 0.0), 0.7, 0.2),
         HairStyle("afro", 6500, 4, 0.030, 0.15, 0.0028, 1.0, 0.0, (0, 0.2, 0.0), 0.6, 0.15),
-        HairStyle("bob", 3600, 8, 0.150, 0.10, 0.0029, 0.20, 1.1, (0.8, -0.1, -0.25), 0.05, 0.0),
-        HairStyle("long", 3600, 10, 0.230, 0.12, 0.0031, 0.20, 1.1, (0.7, -0.1, -0.5), 0.08, 0.0),
-        HairStyle("tied back", 4200, 6, 0.110, 0.1, 0.0024, 0.10, 0.6, (0.0, 0.15, -1.0), 0.03, 0.0),
+        HairStyle("bob", 2600, 7, 0.150, 0.10, 0.0034, 0.20, 1.1, (0.8, -0.1, -0.25), 0.05, 0.0),
+        HairStyle("long", 2600, 9, 0.230, 0.12, 0.0036, 0.20, 1.1, (0.7, -0.1, -0.5), 0.08, 0.0),
+        HairStyle("tied back", 2800, 5, 0.110, 0.1, 0.0030, 0.10, 0.6, (0.0, 0.15, -1.0), 0.03, 0.0),
     )
 }
 TIED = "tied back"
-TAIL = 5  # further segments that fall from the knot
+TAIL = 4  # further segments that fall from the knot
 FRONT_TOP = 0.138  # metres: hair grows no higher, so that pictures hold all of it
 
 
@@ -232,7 +232,7 @@ def _tie(
         points.append(new)
         outward.append(up)
     heading = np.array([0.0, 0.15, -1.0]) + 0.25 * rng.normal(size=(len(root), 3))
-    for k in range(TAIL):
+    for _ in range(TAIL):
         heading = _unit(heading + np.array([0.0, -0.75, 0.15]) + 0.08 * rng.normal(size=heading.shape))
         new, _ = obstacle.push_out(points[-1] + heading * length[:, None] / TAIL, layer + 0.002)
         points.append(new)

@@ -13,8 +13,8 @@ __all__ = ["Bake", "Light", "bake", "draw_light", "sphere"]
 
 Floats = NDArray[np.float32]
 
-N_DIRECTIONS = 64
-SHADOW_SIZE = 224
+N_DIRECTIONS = 48
+SHADOW_SIZE = 192
 SHADOW_HALF = 0.22  # metres
 # Light spreads under skin before it leaves again, red farthest: a wrapped cosine stands in for it.
 SKIN_WRAP = np.array([0.32, 0.16, 0.10], np.float32)

@@ -29,7 +29,8 @@ def depth_buffer(
     """Rasterize triangles into `buffer` (largest nearness wins) and `triangle` (its index), both (H, W).
 
     Args:
-        x, y: (V,) pixel coordinates; pixel (i, j) is sampled at (j + 0.5, i + 0.5).
+        x: (V,) column in pixels.
+        y: (V,) row in pixels; pixel (i, j) is sampled at (j + 0.5, i + 0.5).
         nearness: (V,) anything linear on the screen that grows towards the viewer: 1/z, or −z when orthographic.
         faces: (F, 3).
         culled: the first `culled` triangles are drawn only where they face the viewer.
@@ -46,21 +47,45 @@ def depth_buffer(
         # y runs down, so a face that looks at the viewer (counter-clockwise in the world) has negative area.
         if area == 0.0 or (t < culled and area > 0.0):
             continue
-        left = max(0, int(math.ceil(min(x0, x0 + ux, x0 + vx) - 0.5)))
-        right = min(width - 1, int(math.floor(max(x0, x0 + ux, x0 + vx) - 0.5)))
-        top = max(0, int(math.ceil(min(y0, y0 + uy, y0 + vy) - 0.5)))
-        bottom = min(height - 1, int(math.floor(max(y0, y0 + uy, y0 + vy) - 0.5)))
+        left = max(0, math.ceil(min(x0, x0 + ux, x0 + vx) - 0.5))
+        right = min(width - 1, math.floor(max(x0, x0 + ux, x0 + vx) - 0.5))
+        top = max(0, math.ceil(min(y0, y0 + uy, y0 + vy) - 0.5))
+        bottom = min(height - 1, math.floor(max(y0, y0 + uy, y0 + vy) - 0.5))
         if left > right or top > bottom:
             continue
         inverse = 1.0 / area
         n0 = nearness[a]
         n1, n2 = nearness[b] - n0, nearness[c] - n0
+        # The two weights are linear along a row: w = slope · dx + start. On each row only the span where both and their
+        # sum stay within [0, 1] is visited (one pixel more on either side, as the test itself decides): locks of
+        # hair are slivers whose bounding boxes are mostly empty.
+        s1, s2 = vy * inverse, -uy * inverse
+        s3 = -(s1 + s2)
+        r1 = 1.0 / s1 if s1 != 0.0 else 0.0
+        r2 = 1.0 / s2 if s2 != 0.0 else 0.0
+        r3 = 1.0 / s3 if s3 != 0.0 else 0.0
         for i in range(top, bottom + 1):
             dy = i + 0.5 - y0
-            for j in range(left, right + 1):
+            b1, b2 = -vx * dy * inverse, ux * dy * inverse
+            first, last = left + 0.5 - x0, right + 0.5 - x0
+            e1, e2, e3 = -b1 * r1, -b2 * r2, (b1 + b2 - 1.0) * r3
+            if s1 > 0.0:
+                first = max(first, e1)
+            elif s1 < 0.0:
+                last = min(last, e1)
+            if s2 > 0.0:
+                first = max(first, e2)
+            elif s2 < 0.0:
+                last = min(last, e2)
+            if s3 > 0.0:
+                first = max(first, e3)
+            elif s3 < 0.0:
+                last = min(last, e3)
+            j0 = max(left, math.floor(first + x0 - 0.5))
+            j1 = min(right, math.ceil(last + x0 - 0.5))
+            for j in range(j0, j1 + 1):
                 dx = j + 0.5 - x0
-                w1 = (dx * vy - vx * dy) * inverse
-                w2 = (ux * dy - dx * uy) * inverse
+                w1, w2 = s1 * dx + b1, s2 * dx + b2
                 if w1 >= 0.0 and w2 >= 0.0 and w1 + w2 <= 1.0:
                     near = n0 + w1 * n1 + w2 * n2
                     if near > buffer[i, j]:
@@ -83,7 +108,10 @@ def visibility(
 
     Args:
         points: (V, 3).
-        right, up, direction: (3,) the shadow map's axes; `buffer` holds the largest point·direction.
+        right: (3,) the shadow map's axis along its columns.
+        up: (3,) its axis against its rows.
+        direction: (3,) towards the light.
+        buffer: (S, S) largest point·direction along each ray.
         half: half the width of the map in metres, centred on the origin.
         bias: metres by which an occluder must be nearer to count.
         out: (V,) receives 0 to 1.
@@ -95,7 +123,7 @@ def visibility(
         x = (px * right[0] + py * right[1] + pz * right[2] + half) * scale - 0.5
         y = (half - (px * up[0] + py * up[1] + pz * up[2])) * scale - 0.5
         depth = px * direction[0] + py * direction[1] + pz * direction[2] + bias
-        j, i = int(math.floor(x)), int(math.floor(y))
+        j, i = math.floor(x), math.floor(y)
         fx, fy = x - j, y - i
         seen = 0.0
         for di in range(2):
@@ -133,18 +161,26 @@ def draw(
     """Shade a depth buffer that has samples × samples points a pixel into linear radiance and coverage.
 
     Args:
-        buffer, triangle: (sH, sW) from `depth_buffer` with nearness 1/z.
+        buffer: (sH, sW) from `depth_buffer` with nearness 1/z.
+        triangle: (sH, sW) from `depth_buffer`.
         samples: s.
-        x, y, inverse_z: (V,) screen coordinates of the supersampled buffer.
-        faces: (F, 3); uv: (F, 3, 2) v down, in [0, 1]; material: (F,).
-        points, normals: (V, 3) world; on hair the normal is the strand's tangent.
+        x: (V,) column in the supersampled buffer.
+        y: (V,) row in the supersampled buffer.
+        inverse_z: (V,) 1/z.
+        faces: (F, 3).
+        uv: (F, 3, 2) texture coordinates of each corner, v down.
+        material: (F,) one of the constants of this module.
+        points: (V, 3) in the frame of the lights.
+        normals: (V, 3); on hair the tangent of the strand.
         diffuse: (V, 3) irradiance / π with shadows in it.
         tint: (V, 3) albedo where the texture is not used (hair).
         gloss: (V, L) visibility of each light.
-        texture: (N, N, 3) linear albedo.
-        light_directions, light_colors: (L, 3) towards the lights, their radiance times solid angle / π.
+        texture: (N, N, 4) linear albedo and strength of the highlight.
+        light_directions: (L, 3) towards the lights.
+        light_colors: (L, 3) irradiance / π of each light.
         eye: (3,) the camera's centre.
-        image (H, W, 3), coverage (H, W): outputs; uncovered samples are black.
+        image: (H, W, 3) output; uncovered samples are black.
+        coverage: (H, W) output.
     """
     height, width = coverage.shape
     n = texture.shape[0]
@@ -173,6 +209,7 @@ def draw(
                     w2 = w2 * inverse_z[c] * z
                     kind = material[t]
                     # Albedo.
+                    ti, tj = 0, 0
                     if kind == HAIR:
                         ar = w0 * tint[a, 0] + w1 * tint[b, 0] + w2 * tint[c, 0]
                         ag = w0 * tint[a, 1] + w1 * tint[b, 1] + w2 * tint[c, 1]
@@ -196,6 +233,9 @@ def draw(
                     blue += ab * (w0 * diffuse[a, 2] + w1 * diffuse[b, 2] + w2 * diffuse[c, 2])
                     if kind == CLOTH:
                         continue
+                    oil = 1.0
+                    if kind == SKIN:
+                        oil = texture[ti, tj, 3]
                     # Highlights of the area lights.
                     nx = w0 * normals[a, 0] + w1 * normals[b, 0] + w2 * normals[c, 0]
                     ny = w0 * normals[a, 1] + w1 * normals[b, 1] + w2 * normals[c, 1]
@@ -218,7 +258,7 @@ def draw(
                             s2 = sine2 * sine2
                             s8 = s2 * s2
                             s32 = s8 * s8 * s8 * s8
-                            white = 0.012 * s32 * s32
+                            white = 0.006 * s32 * s32
                             shine = 0.10 * s32 + 0.05 * s8
                             strength_r = white + shine * ar
                             strength_g = white + shine * ag
@@ -240,7 +280,7 @@ def draw(
                             h8 = h4 * h4
                             h16 = h8 * h8
                             if kind == SKIN:
-                                shine = fresnel * facing * (4.0 * h16 + 1.2 * h4)
+                                shine = oil * fresnel * facing * (1.8 * h16 + 0.5 * h4)
                             elif kind == EYE:
                                 h64 = h16 * h16 * h16 * h16
                                 h256 = h64 * h64 * h64 * h64

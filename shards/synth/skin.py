@@ -76,7 +76,7 @@ def draw_complexion(rng: np.random.Generator, masculinity: float, age: float) ->
         hair = "grey" if age < 0.8 else "white"
     else:
         names = list(HAIR_COLORS)[:6]
-        chance = np.array([8, 2, 0.4, 0, 0, 0.0]) if dark else np.array([2, 3, 3, 2, 2, 1.0])
+        chance = np.array([10, 3, 0.2, 0, 0, 0.0]) if dark else np.array([2, 3, 3, 2, 2, 1.0])
         hair = names[rng.choice(6, p=chance / chance.sum())]
     iris_chance = np.array([6, 2, 0.3, 0, 0, 0.0]) if dark else np.array([1, 3, 2, 1.5, 1, 3])
     iris = list(IRIS_COLORS)[rng.choice(6, p=iris_chance / iris_chance.sum())]
@@ -163,12 +163,12 @@ def smoothstep(low: float, high: float, value: Array) -> Array:
 
 
 def to_linear(srgb: Array) -> Array:
-    """sRGB in [0, 1] to linear light (IEC 61966-2-1)."""
+    """SRGB in [0, 1] to linear light (IEC 61966-2-1)."""
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
-def brow_field(p: Array, width: float) -> tuple[Array, Array]:
-    """Density of the brows in [0, 1] and the coordinate along them, from positions on the mean head."""
+def brow_field(p: Array, width: float) -> Array:
+    """Density of the brows in [0, 1] at positions on the mean head."""
     x = np.abs(p[..., 0])
     along = (x - 0.0115) / (0.0500 - 0.0115)
     middle = np.interp(
@@ -177,7 +177,7 @@ def brow_field(p: Array, width: float) -> tuple[Array, Array]:
     half = np.interp(along, [0, 0.15, 0.6, 1.0], [0.0034, 0.0040, 0.0031, 0.0010]) * width
     across = np.abs(p[..., 1] - middle) / half
     inside = smoothstep(-0.04, 0.10, along) * smoothstep(1.04, 0.86, along) * smoothstep(1.15, 0.45, across)
-    return inside * (p[..., 2] > 0.03), along
+    return inside * (p[..., 2] > 0.03)
 
 
 def beard_field(p: Array) -> Array:
@@ -191,7 +191,7 @@ def beard_field(p: Array) -> Array:
 
 
 def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArray[np.float32]:
-    """Linear albedo (N, N, 3) of one person in the head's UV, row 0 at v = 1."""
+    """Linear albedo and strength of highlights (N, N, 4) of one person in the head's UV, row 0 at v = 1."""
     lay = layout(head, size)
     p, rng = lay.position, np.random.default_rng(look.seed)
     low = int(np.clip(np.floor(look.tone), 0, len(TONES) - 2))
@@ -238,11 +238,9 @@ def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArr
     beard = beard_field(p) * (1 - smoothstep(0.1, 0.5, lips))
     beard = beard * look.stubble * (0.62 + 0.3 * fine + 0.15 * noise(p, 120, rng))
     color += np.clip(beard, 0, 0.9)[..., None] * (0.6 * hair + 0.25 * color - color)
-    brow, along = brow_field(p, look.brow_width)
-    stroke = noise(np.stack([along * 0.35 + 9 * p[..., 1], p[..., 1] * 3, 0 * along], axis=-1), 60, rng)
-    brow = np.clip(brow * (look.brows + 0.35 * stroke), 0, 0.94)
-    color += brow[..., None] * (hair * 0.8 + 0.01 - color)
-    # Lash line and the wet rim of the lids.
+    strokes = noise(p * [0.45, 1.4, 0.45], 700, rng) + 0.4 * noise(p, 300, rng)
+    brow = np.clip(brow_field(p, look.brow_width) * (look.brows + 0.22 * strokes), 0, 0.94)
+    color += brow[..., None] * (np.minimum(hair * 0.8 + 0.008, 0.6 * base) - color)
     scalp = smoothstep(-0.006, 0.008, hairline(p) - look.hairline_shift + 0.004 * noise(p, 140, rng))
     scalp *= np.isin(lay.label, [LABELS.index("skin"), LABELS.index("scalp")]) * (
         1 - smoothstep(0.1, 0.4, lay.masks["ears"])
@@ -250,14 +248,23 @@ def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArr
     scalp *= look.scalp_shade * (0.86 + 0.12 * fine)
     color += np.clip(scalp, 0, 1)[..., None] * (hair * 0.8 - color)
 
-    color = np.where((lay.label == LABELS.index("mouth"))[..., None], np.array([0.20, 0.055, 0.05]) * (1 + mottle)[..., None], color)  # fmt: skip
-    color = np.where((lay.label == LABELS.index("tongue"))[..., None], np.array([0.42, 0.16, 0.15]) * (1 + mottle)[..., None], color)  # fmt: skip
-    inner = lay.label == LABELS.index("socket")
-    color = np.where(inner[..., None], base * np.array([0.80, 0.50, 0.48]), color)
-    color = np.where((lay.label == LABELS.index("teeth"))[..., None], _teeth(lay), color)
-    color = np.where((lay.label == LABELS.index("eye"))[..., None], _eyes(lay, look, rng), color)
-    color = np.where((lay.label == LABELS.index("boundary"))[..., None], np.array([0.02, 0.02, 0.022]), color)
-    return np.clip(color, 0.002, 0.95).astype(np.float32)
+    oil = (
+        0.8
+        + 0.3 * noise(p, 60, rng)
+        + 0.5 * blob(p, (0.0, -0.01, 0.095), 0.02)
+        + 0.5 * smoothstep(0.25, 0.8, lips)
+    )
+    oil *= (1 - 0.85 * np.clip(scalp, 0, 1)) * (1 - 0.6 * brow) * (1 - 0.5 * beard)
+    flesh = {"mouth": (0.20, 0.055, 0.05), "tongue": (0.42, 0.16, 0.15)}
+    parts = {name: np.array(value) * (1 + mottle)[..., None] for name, value in flesh.items()}
+    parts["socket"] = np.broadcast_to(base * np.array([0.80, 0.50, 0.48]), color.shape)
+    parts["teeth"] = _teeth(lay)
+    parts["eye"] = _eyes(lay, look)
+    parts["boundary"] = np.full(color.shape, 0.02)
+    for name, value in parts.items():
+        color = np.where((lay.label == LABELS.index(name))[..., None], value, color)
+    rgb = np.clip(color, 0.002, 0.95)
+    return np.concatenate([rgb, np.clip(oil, 0, 2)[..., None]], axis=-1).astype(np.float32)
 
 
 def _moles(lay: Layout, rng: np.random.Generator) -> Array:
@@ -282,7 +289,7 @@ def _teeth(lay: Layout) -> Array:
     return enamel + root[..., None] * (np.array([0.42, 0.17, 0.16]) - enamel)
 
 
-def _eyes(lay: Layout, look: Complexion, rng: np.random.Generator) -> Array:
+def _eyes(lay: Layout, look: Complexion) -> Array:
     """Sclera, limbal ring, iris with radial fibres, pupil; by distance from the front pole (metres)."""
     d = lay.eye_axis
     radius = np.hypot(d[..., 0], d[..., 1])

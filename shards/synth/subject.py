@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.spatial import cKDTree
 
 from avatars.head import ParametricHead
 from avatars.head.geometry import catmull_clark, triangulate, vertex_normals
@@ -22,6 +23,7 @@ __all__ = ["Posed", "Subject", "draw_subject", "pose"]
 
 Floats = NDArray[np.float32]
 SKIN_LABELS = [LABELS.index(name) for name in ("skin", "scalp", "lips", "mouth", "socket")]
+UPPER_LASHES = 0.0127  # metres: the height between the lash bands of the mean head
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Subject:
     style: HairStyle | None
     hair: Hair | None
     light: Light
-    texture: Floats  # (N, N, 3) linear albedo
+    texture: Floats  # (N, N, 4) linear albedo, strength of highlights
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Refined:
     faces: NDArray[np.int32]
     uv: Floats  # (F, 3, 2) v down
     material: NDArray[np.uint8]
-    scalp: NDArray[np.bool_]  # (F,)
     n_cap: int  # the last faces close the neck
+    lash_operator: sparse.csr_matrix  # (P, V) corners of single lashes
+    lash_faces: NDArray[np.int32]
 
 
 @lru_cache(maxsize=2)
@@ -84,9 +87,46 @@ def refined(head: ParametricHead) -> Refined:
             [uv[triangulate(uv_fine)], np.broadcast_to([cap_uv[0], 1 - cap_uv[1]], (len(fan), 3, 2))]
         ).astype(np.float32),
         np.append(material, np.full(len(fan), raster.CLOTH, np.uint8)),
-        np.append(np.repeat(label[drawn] == LABELS.index("scalp"), 8), np.zeros(len(fan), bool)),
         len(fan),
+        *_lashes(head),
     )
+
+
+def _lashes(head: ParametricHead) -> tuple[sparse.csr_matrix, NDArray[np.int32]]:
+    """Thin strips along the columns of the upper lash bands, which drawn whole would look like painted-on bars.
+
+    Returns:
+        An operator (P, V) that makes the strips' corners from head vertices, and their triangles.
+    """
+    quads = head.arrays["quads"][head.arrays["label"] == LABELS.index("lashes")].astype(np.int64)
+    vertices = head.template.numpy()[: head.n_vertices]
+    quads = quads[vertices[quads, 1].mean(axis=1) > UPPER_LASHES]
+    faces = head.faces.numpy()
+    lids = np.intersect1d(faces[head.regions["skin"].numpy()], faces[head.regions["socket"].numpy()])
+    away = cKDTree(vertices[lids]).query(vertices)[0]
+    # Turn each quad so that its sides 0-1 and 3-2 run from the lid outwards.
+    height = away[quads]
+    across = np.abs(height[:, [0, 3]] - height[:, [1, 2]]).sum(axis=1) < np.abs(
+        height[:, [1, 0]] - height[:, [2, 3]]
+    ).sum(axis=1)
+    quads = np.where(across[:, None], np.roll(quads, -1, axis=1), quads)
+    height = away[quads]
+    upside_down = height[:, [0, 3]].sum(axis=1) > height[:, [1, 2]].sum(axis=1)
+    quads = np.where(upside_down[:, None], quads[:, [1, 0, 3, 2]], quads)
+    longest = away[quads].max()
+    rows, columns, values = [], [], []
+    for quad in quads:
+        for place in (0.2, 0.5, 0.8):
+            for low, high in ((quad[0], quad[3]), (quad[1], quad[2])):
+                half = 0.09 * (1 - 0.8 * min(away[low] / longest, 1.0))
+                for share in (place - half, place + half):
+                    rows += [rows[-1] + 1 if rows else 0] * 2
+                    columns += [low, high]
+                    values += [1 - share, share]
+    operator = sparse.csr_matrix((values, (rows, columns)), (rows[-1] + 1, head.n_vertices), dtype=np.float32)
+    first = np.arange(0, rows[-1] + 1, 4)
+    strip = np.stack([first, first + 1, first + 3, first + 2], axis=1)
+    return operator, triangulate(strip).astype(np.int32)
 
 
 def draw_subject(head: ParametricHead, seed: int) -> Subject:
@@ -148,21 +188,31 @@ def pose(
     draw_normals, faces, n_head = shading_normals, mesh.faces, len(points)
     uv, material = mesh.uv, mesh.material
     tint = np.zeros((n_head, 3), np.float32)
+    lashes = mesh.lash_operator @ coarse
+    strands = [
+        (
+            lashes,
+            np.full_like(lashes, 0.577),
+            np.full_like(lashes, 0.577),
+            mesh.lash_faces,
+            np.full_like(lashes, 0.008),
+        )
+    ]
     hair = subject.hair
     if hair is not None:
         neutral = head_vertices(head, subject.identity, np.zeros_like(expression))
-        moved = (hair.points + (coarse - neutral)[hair.root]).astype(np.float32)
-        points = np.concatenate([points, moved])
-        shading_normals = np.concatenate([shading_normals, hair.normals.astype(np.float32)])
-        draw_normals = np.concatenate([draw_normals, hair.tangents.astype(np.float32)])
-        faces = np.concatenate([faces, (hair.faces + n_head).astype(np.int32)])
-        uv = np.concatenate([uv, np.zeros((len(hair.faces), 3, 2), np.float32)])
-        material = np.append(material, np.full(len(hair.faces), raster.HAIR, np.uint8))
-        color = np.array(subject.look.hair_color) * hair.shade[:, None]
-        tint = np.concatenate([tint, np.clip(color, 0.004, 0.8).astype(np.float32)])
-        # Roots keep the scalp from shining like bare skin.
-        material = material.copy()
-        material[: len(mesh.faces)][mesh.scalp] = raster.CLOTH
+        moved = hair.points + (coarse - neutral)[hair.root]
+        color = np.clip(np.array(subject.look.hair_color) * hair.shade[:, None], 0.004, 0.8)
+        strands.append((moved, hair.normals, hair.tangents, hair.faces, color))
+    for strand_points, outward, along, strand_faces, strand_tint in strands:
+        faces = np.concatenate([faces, (strand_faces + len(points)).astype(np.int32)])
+        points = np.concatenate([points, strand_points.astype(np.float32)])
+        shading_normals = np.concatenate([shading_normals, outward.astype(np.float32)])
+        draw_normals = np.concatenate([draw_normals, along.astype(np.float32)])
+        tint = np.concatenate([tint, strand_tint.astype(np.float32)])
+    n_strand = len(faces) - len(mesh.faces)
+    uv = np.concatenate([uv, np.zeros((n_strand, 3, 2), np.float32)])
+    material = np.append(material, np.full(n_strand, raster.HAIR, np.uint8))
     rotation = head_to_studio[:3, :3].T.astype(np.float32)
     lit = bake(subject.light, rotation, points, shading_normals, faces, n_head)
     return Posed(

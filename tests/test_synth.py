@@ -1,0 +1,291 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from avatars.errors import UserError
+from avatars.head import ParametricHead
+from avatars.head.makehuman import ARKIT_NAMES
+from shards.synth import synthesize
+from shards.synth.capture import DEPTH_UNIT, subject_seed
+from shards.synth.dome import look_at, rig
+from shards.synth.expressions import POSES, code, random_expression, smooth_sequence
+from shards.synth.light import Light, bake, sphere
+from shards.synth.raster import depth_buffer
+from shards.synth.subject import draw_subject
+
+SETTINGS = {"subjects": 2, "timesteps": 2, "views": 6, "size": 64, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory) -> list[Path]:
+    return synthesize(tmp_path_factory.mktemp("captures"), **SETTINGS, workers=2, progress=False)
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / "capture.json").read_text())
+
+
+def read(folder: Path, kind: str, t: int, v: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / kind / f"{t:05d}" / f"c{v:02d}.png"))
+
+
+def head_camera(index: dict, t: int, v: int) -> tuple[np.ndarray, np.ndarray]:
+    camera = index["cameras"][v]
+    pose = np.array(camera["world_to_camera"]) @ np.array(index["timesteps"][t]["head_to_world"])
+    return np.array(camera["K"]), pose
+
+
+def unproject(depth: np.ndarray, K: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    row, column = np.nonzero(depth > 0)
+    pixel = np.stack([column + 0.5, row + 0.5, np.ones(len(row))])
+    camera = (np.linalg.inv(K) @ pixel) * depth[row, column]
+    return (pose[:3, :3].T @ (camera - pose[:3, 3:])).T
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_layout_is_the_one_that_readers_expect(captures):
+    assert [folder.name for folder in captures] == ["s0000", "s0001"]
+    index = index_of(captures[0])
+    assert index["schema"] == 1
+    assert index["layout"] == "headsplat-synthetic"
+    assert index["subject"] == "s0000"
+    assert index["seed"] == 3
+    assert index["size"] == [64, 64]
+    assert index["expression_kind"] == "arkit-52"
+    assert index["expression_names"] == list(ARKIT_NAMES)
+    assert index["depth_unit"] == DEPTH_UNIT == 6.25e-5
+    assert index["head"]["model"] == "makehuman"
+    assert len(index["head"]["identity"]) == 100
+    assert [camera["id"] for camera in index["cameras"]] == [f"c{i:02d}" for i in range(6)]
+    assert [step["id"] for step in index["timesteps"]] == ["00000", "00001"]
+    assert len(index["timesteps"][1]["expression"]) == 52
+    for step in index["timesteps"]:
+        rotation = np.array(step["head_to_world"])[:3, :3]
+        assert np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
+        assert np.linalg.det(rotation) > 0
+    for kind, mode in (("image", "RGB"), ("mask", "L"), ("depth", "I;16")):
+        files = sorted((captures[0] / kind).rglob("*.png"))
+        assert len(files) == 12
+        with Image.open(files[0]) as picture:
+            assert picture.mode == mode
+            assert picture.size == (64, 64)
+
+
+def test_depth_lies_on_the_parametric_head(captures):
+    """The skin in the depth maps is the head's surface, through the head-frame camera of the contract."""
+    head = ParametricHead.load()
+    for folder in captures:
+        index = index_of(folder)
+        identity = torch.tensor(index["head"]["identity"])[None]
+        for t, step in enumerate(index["timesteps"]):
+            vertices = head.vertices(identity, torch.tensor(step["expression"])[None])[0]
+            corners = vertices[head.faces]
+            weights = torch.distributions.Dirichlet(torch.ones(3)).sample((6, len(corners)))
+            surface = torch.cat([vertices, (weights[..., None] * corners).sum(-2).flatten(0, 1)])
+            tree = cKDTree(surface.numpy())
+            depth = read(folder, "depth", t, 0) * DEPTH_UNIT  # the camera straight ahead
+            points = unproject(depth, *head_camera(index, t, 0))
+            face = points[(points[:, 1] < 0.03) & (np.abs(points[:, 0]) < 0.05) & (points[:, 1] > -0.09)]
+            assert len(face) > 100
+            distance = tree.query(face)[0]
+            assert np.quantile(distance, 0.9) < 0.003
+            assert np.median(distance) < 0.0012
+
+
+def test_depth_maps_of_two_views_agree(captures):
+    index = index_of(captures[0])
+    depths = [read(captures[0], "depth", 1, v) * DEPTH_UNIT for v in range(6)]
+    compared = 0
+    for a in range(6):
+        points = unproject(depths[a], *head_camera(index, 1, a))
+        for b in range(6):
+            K, pose = head_camera(index, 1, b)
+            camera = points @ pose[:3, :3].T + pose[:3, 3]
+            pixel = camera @ K.T
+            x, y = (pixel[:, 0] / pixel[:, 2]).astype(int), (pixel[:, 1] / pixel[:, 2]).astype(int)
+            inside = (x >= 0) & (y >= 0) & (x < 64) & (y < 64)
+            seen = depths[b][y[inside], x[inside]]
+            behind = camera[inside, 2] - seen
+            # A point on a surface may be hidden in another view but can hardly float in front of what that sees: only
+            # at silhouettes, where neighbouring pixels (5 mm) see different things, and where hair is loose.
+            floating = (behind < -0.008) & (seen > 0)
+            assert floating.mean() < 0.12
+            compared += (np.abs(behind) < 0.004).sum()
+    assert compared > 10_000
+
+
+def test_mask_image_and_depth_go_together(captures):
+    for folder in captures:
+        image, mask, depth = (read(folder, kind, 1, 0) for kind in ("image", "mask", "depth"))
+        assert ((depth > 0) <= (mask > 0)).all()
+        assert (depth[mask == 255] > 0).all()
+        assert image[mask == 0].max() < 40  # a dark studio
+        assert image[mask == 255].mean() > 30
+        assert 0.2 < (mask > 127).mean() < 0.8
+        assert 0.9 < depth[depth > 0].min() * DEPTH_UNIT < 1.2
+        assert not mask[0].any()  # the crown is in the picture
+        soft = (mask > 0) & (mask < 255)
+        assert 0.005 < soft.mean() < 0.2
+
+
+def test_people_and_expressions_differ(captures):
+    one, other = (index_of(folder) for folder in captures)
+    assert one["head"]["identity"] != other["head"]["identity"]
+    assert one["timesteps"][1]["expression"] != other["timesteps"][1]["expression"]
+    assert not any(one["timesteps"][0]["expression"])
+    assert (read(captures[0], "image", 0, 0) != read(captures[0], "image", 1, 0)).any()
+
+
+def test_captures_are_resumed_and_depend_on_the_seed_only(captures, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(captures[0].parent, out)
+    before = bytes_of(out / "s0001")
+    kept = (out / "s0000" / "capture.json").stat().st_mtime_ns
+    (out / "s0001" / "capture.json").unlink()
+    (out / "s0001" / "image" / "00001" / "c03.png").write_bytes(b"cut")
+    calls = []
+    synthesize(out, **SETTINGS, workers=1, progress=lambda done, total: calls.append((done, total)))
+    assert bytes_of(out / "s0001") == before
+    assert (out / "s0000" / "capture.json").stat().st_mtime_ns == kept
+    assert calls == [(18, 24), (24, 24)]
+
+
+def test_other_settings_do_not_mix(captures):
+    with pytest.raises(UserError, match="other settings"):
+        synthesize(captures[0].parent, **{**SETTINGS, "views": 5}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subjects": 0}, "subjects is 0"),
+        ({"subjects": [1, 1]}, "different numbers"),
+        ({"size": 4}, "size is 4"),
+        ({"rig_name": "sphere"}, "unknown camera rig 'sphere'"),
+        ({"rig_name": "nersemble", "views": 17}, "16 cameras, not 17"),
+        ({"motion": "wild"}, "unknown motion 'wild'"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        synthesize(tmp_path, **{**SETTINGS, **change}, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write captures"):
+        synthesize(tmp_path / "file", **SETTINGS, workers=1, progress=False)
+
+
+def test_dome_cameras_look_at_the_head():
+    cameras = rig("dome", 80, 128)
+    centres = np.stack([-pose[:3, :3].T @ pose[:3, 3] for pose in cameras.world_to_camera])
+    assert len(set(cameras.ids)) == 80
+    distance = np.linalg.norm(centres, axis=1)
+    assert 0.95 < distance.min() < distance.max() < 1.25
+    assert (centres[:, 2] > 0).mean() > 0.55  # most in front
+    assert (centres[:, 2] < -0.3).sum() >= 8  # some behind
+    assert (centres[:, 1] > 0.5).sum() >= 5
+    assert (centres[:, 1] < -0.2).sum() >= 5
+    assert centres[0, 2] > 0.95  # the first looks straight at the face
+    for K, pose in zip(cameras.K, cameras.world_to_camera, strict=True):
+        rotation = pose[:3, :3]
+        assert np.allclose(rotation @ rotation.T, np.eye(3))
+        assert np.linalg.det(rotation) > 0
+        middle = K @ (pose[:3, :3] @ [0, -0.01, 0] + pose[:3, 3])
+        assert np.abs(middle[:2] / middle[2] - 64).max() < 1.5
+        above = K @ (pose[:3, :3] @ [0, 0.09, 0] + pose[:3, 3])
+        assert above[1] / above[2] < middle[1] / middle[2]  # upright: y runs down in the picture
+    half = rig("dome", 40, 128)
+    assert np.allclose(half.world_to_camera, cameras.world_to_camera[:40])
+    assert np.allclose(look_at(np.array([0.0, 0, 1]), np.zeros(3))[0], [1, 0, 0, 0])
+    assert len(rig("nersemble", 16, 64).ids) == 16
+
+
+def test_expression_names_and_weights_are_checked():
+    assert code({"jawOpen": 0.5})[ARKIT_NAMES.index("jawOpen")] == 0.5
+    with pytest.raises(UserError, match="unknown expression 'jawOpenWide'"):
+        code({"jawOpenWide": 0.5})
+    with pytest.raises(UserError, match="must lie in"):
+        code({"jawOpen": 1.5})
+    assert all(code(weights).shape == (52,) for weights in POSES.values())
+
+
+def test_random_expressions_are_valid_and_sequences_smooth():
+    rng = np.random.default_rng(0)
+    many = np.stack([random_expression(rng) for _ in range(200)])
+    assert many.min() >= 0
+    assert many.max() <= 1
+    assert (many.max(axis=0) > 0.2).mean() > 0.8  # nearly every unit gets used
+    sequence = smooth_sequence(rng, 60)
+    assert sequence.shape == (60, 52)
+    assert np.abs(np.diff(sequence, axis=0)).max() < 0.25
+    assert sequence.max() > 0.4
+
+
+def test_seeds_give_different_people():
+    seeds = [subject_seed(0, k) for k in range(300)] + [subject_seed(1, k) for k in range(300)]
+    assert len(set(seeds)) == 600
+    head = ParametricHead.load()
+    a, b, c = draw_subject(head, 5), draw_subject(head, 5), draw_subject(head, 6)
+    assert (a.texture == b.texture).all()
+    assert (a.identity == b.identity).all()
+    assert np.abs(a.identity - c.identity).max() > 1
+
+
+def test_depth_buffer_agrees_with_a_ray_for_every_pixel():
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-2, 34, (60, 3)).astype(np.float32)
+    faces = rng.integers(0, 60, (40, 3)).astype(np.int32)
+    buffer, triangle = np.full((32, 32), -1e9, np.float32), np.full((32, 32), -1, np.int32)
+    depth_buffer(points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy(), faces, 0, buffer, triangle)
+    expected = np.full((32, 32), -1e9)
+    y, x = np.mgrid[:32, :32] + 0.5
+    for a, b, c in points[faces].astype(float):
+        matrix = np.array([[a[0], b[0], c[0]], [a[1], b[1], c[1]], [1, 1, 1]])
+        if abs(np.linalg.det(matrix)) < 1e-9:
+            continue
+        w = np.linalg.solve(matrix, np.stack([x.ravel(), y.ravel(), np.ones(1024)]))
+        near = (w * np.array([a[2], b[2], c[2]])[:, None]).sum(0)
+        expected = np.maximum(expected, np.where((w >= 0).all(0), near, -1e9).reshape(32, 32))
+    assert (
+        np.abs(buffer - expected) < 1e-3
+    ).mean() > 0.995  # single precision decides a few pixels on an edge
+    assert ((triangle >= 0) == (buffer > -1e8)).all()
+
+
+def test_light_is_even_in_the_open_and_blocked_by_what_stands_before_it():
+    directions = sphere()
+    assert np.abs(directions.mean(axis=0)).max() < 0.02
+    light = Light(
+        np.ones((len(directions), 3), np.float32),
+        np.array([[0, 0, 1.0]], np.float32),
+        np.ones((1, 3), np.float32),
+    )
+    # A point alone sees the whole uniform sky: irradiance / π is the sky's radiance.
+    point, normal = np.zeros((1, 3), np.float32), np.array([[0, 0, 1.0]], np.float32)
+    far = np.array([[0.1, 0.1, -0.15], [0.11, 0.1, -0.15], [0.1, 0.11, -0.15]], np.float32)
+    points = np.concatenate([point, far])
+    normals = np.repeat(normal, 4, axis=0)
+    faces = np.array([[1, 2, 3]], np.int32)
+    opened = bake(light, np.eye(3, dtype=np.float32), points, normals, faces, 4)
+    assert np.allclose(opened.diffuse[0], 1, atol=0.08)
+    assert opened.gloss[0, 0] == pytest.approx(1)
+    # A plate before it takes the lamp and most of the sky away.
+    plate = np.array([[-0.2, -0.2, 0.03], [0.2, -0.2, 0.03], [0.2, 0.2, 0.03], [-0.2, 0.2, 0.03]], np.float32)
+    points = np.concatenate([point, plate])
+    normals = np.repeat(normal, 5, axis=0)
+    faces = np.array([[1, 2, 3], [1, 3, 4]], np.int32)
+    closed = bake(light, np.eye(3, dtype=np.float32), points, normals, faces, 5)
+    assert closed.gloss[0, 0] < 0.05
+    assert closed.diffuse[0].max() < 0.55
