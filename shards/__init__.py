@@ -8,6 +8,7 @@ from shards.manifest import Manifest
 from shards.packing import pack
 from shards.plans import Example, Plan, plan
 from shards.reading import ShardSet, SubjectShards, Target, open_shards
+from shards.stores import ShardCache
 
 __all__ = [
     "BatchLoader",
@@ -17,6 +18,7 @@ __all__ = [
     "Finding",
     "Manifest",
     "Plan",
+    "ShardCache",
     "ShardSet",
     "SubjectShards",
     "Target",

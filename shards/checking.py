@@ -24,6 +24,7 @@ from avatars.errors import UserError
 from shards.capture import check_matrices
 from shards.manifest import SPLITS, Manifest, ShardInfo
 from shards.pictures import decode_jpeg, decode_mask
+from shards.stores import is_remote
 
 __all__ = ["Finding", "check"]
 
@@ -86,6 +87,10 @@ def check(
     Raises:
         UserError: there is no manifest that can be read.
     """
+    if is_remote(folder):
+        raise UserError(
+            f"{folder} is not on this machine, and all of it must be read. Copy it here and check the copy."
+        )
     manifest = Manifest.read(folder)
     findings = list(_check_manifest(manifest))
     seen = _Seen()
@@ -134,7 +139,7 @@ def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
             if count > 1:
                 yield Finding("error", name, f"{count} shards have the {what} {value}.")
     named = {shard.path for shard in manifest.shards}
-    for path in sorted(manifest.folder.glob("*.tar")):
+    for path in sorted(Path(manifest.folder).glob("*.tar")):
         if path.name not in named:
             yield Finding("warning", path.name, "is beside the manifest but not in it.")
 
@@ -142,7 +147,7 @@ def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
 def _check_shard(
     manifest: Manifest, shard: ShardInfo, seen: _Seen, pool: ThreadPoolExecutor | None
 ) -> Iterator[Finding]:
-    path = manifest.folder / shard.path
+    path = Path(manifest.folder) / shard.path
     if not path.is_file():
         yield Finding("error", shard.path, "is not there.")
         return

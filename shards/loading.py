@@ -7,6 +7,8 @@ processes is needed.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -19,12 +21,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from avatars.errors import UserError
 from shards.manifest import Manifest, ShardInfo
 from shards.plans import Example, Plan
-from shards.reading import decode_views, fill_prior, float_masks, float_pictures, read_description
-from shards.tarfiles import ShardReader
+from shards.reading import (
+    Reader,
+    decode_views,
+    fill_prior,
+    float_masks,
+    float_pictures,
+    open_reader,
+    read_description,
+)
+from shards.stores import ShardCache
 
 __all__ = ["BatchLoader", "to_float"]
+
+log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 256  # file handles kept; a rank reads far fewer side by side
 
@@ -46,7 +59,7 @@ class BatchLoader:
     | ids | B names: subject/timestep/input set/views@place in the plan |
 
     Args:
-        folder: where `pack` wrote.
+        folder: where `pack` wrote, or a URL of a copy of it.
         split: "train" or "heldout".
         seed: of the order and all draws.
         micro_batch: examples in a batch, B.
@@ -63,6 +76,7 @@ class BatchLoader:
     Attributes:
         step: number of the next micro-batch.
         wait_seconds: time that `next` has waited for data so far.
+        quarantined: shards that were put aside, each with the reason.
 
     Raises:
         UserError: no valid shards; when iterating, a shard that cannot be read.
@@ -82,6 +96,8 @@ class BatchLoader:
         threads: int = 2,
         prefetch: int = 2,
         raw: bool = False,
+        cache: ShardCache | None = None,
+        tolerate: int = 0,
     ) -> None:
         self.manifest = Manifest.load(folder)
         shards = self.manifest.split(split)
@@ -89,7 +105,10 @@ class BatchLoader:
         self.step = start
         self.wait_seconds = 0.0
         self._place: dict[str, int] = {"micro_batch": micro_batch, "world_size": world_size, "rank": rank}
-        self._shards = _OpenShards(self.manifest.folder, shards)
+        self.quarantined: dict[str, str] = {}
+        self._tolerate, self._quarantine = tolerate, threading.Lock()
+        self._shards = _OpenShards(self.manifest, shards, cache)
+        self._buffers = _Buffers()
         self._prefetch, self._raw = prefetch, raw
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headsplat-loader")
         self._ahead: deque[_Pending] = deque()
@@ -143,7 +162,9 @@ class BatchLoader:
         if settings.prior != "none":
             layout["input_positions"] = (prior, (n, 3, size, size))
             layout["input_confidence"] = (prior, (n, 1, size, size))
-        arrays = {name: np.empty((len(examples), *shape), kind) for name, (kind, shape) in layout.items()}
+        arrays = {
+            name: self._buffers.take((len(examples), *shape), kind) for name, (kind, shape) in layout.items()
+        }
         futures = [
             self._pool.submit(self._fill, example, {name: array[i] for name, array in arrays.items()})
             for i, example in enumerate(examples)
@@ -151,8 +172,38 @@ class BatchLoader:
         return _Pending(arrays, futures)
 
     def _fill(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
+        """Reads one example, or the one that takes its place, into its rows of the batch; returns its
+        name.
+        """
+        for substitute in range(self.plan.epoch_length):
+            tried = self.plan.example(example.position + substitute) if substitute else example
+            if self.plan.shards[tried.shard].path in self.quarantined:
+                continue
+            try:
+                return self._read(tried, out)
+            except UserError as error:
+                self._put_aside(self.plan.shards[tried.shard].path, error)
+        raise UserError(f"{self.manifest.folder} has no shard left that can be read.")
+
+    def _put_aside(self, path: str, error: UserError) -> None:
+        """Puts an unreadable shard aside, or ends the run where that is not tolerated (any more)."""
+        with self._quarantine:
+            if path in self.quarantined:
+                return
+            if len(self.quarantined) >= self._tolerate:
+                if not self._tolerate:
+                    raise error
+                raise UserError(
+                    f"More than {self._tolerate} shards cannot be read, the last because: {error}"
+                )
+            self.quarantined[path] = str(error)
+        log.warning(
+            "%s is put aside (%d of %d tolerated): %s", path, len(self.quarantined), self._tolerate, error
+        )
+
+    def _read(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
         """Reads one example into its rows of the batch; returns its name."""
-        with self._shards.reader(example.shard) as reader:
+        with self._shards.reader(example) as reader:
             inputs, target = f"inputs-{example.input_set:03d}", f"target-{example.target:05d}"
             described = read_description(reader, inputs)
             names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
@@ -170,7 +221,7 @@ class BatchLoader:
         return f"{described['subject']}/{described['timestep']}/{inputs}/{views}@{example.position}"
 
     def _fill_views(
-        self, reader: ShardReader, key: str, names: list[str], images: NDArray[Any], masks: NDArray[Any]
+        self, reader: Reader, key: str, names: list[str], images: NDArray[Any], masks: NDArray[Any]
     ) -> None:
         """Decodes views into their rows of a batch, through a copy unless they stay as they are."""
         if self._raw:
@@ -230,27 +281,52 @@ class _Pending:
             future.cancel()
 
 
+class _Buffers:
+    """Arrays for batches, used again once nobody holds the batch: touching new memory costs as much as
+    decoding.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[int, ...], type[np.generic]], list[NDArray[Any]]] = {}
+
+    def take(self, shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
+        """An array that is in no batch; what is in it is left over."""
+        arrays = self._made.setdefault((shape, kind), [])
+        for i in range(len(arrays)):
+            if sys.getrefcount(arrays[i]) == 2:  # the list's reference, and the one of the call itself
+                return arrays[i]
+        arrays.append(np.empty(shape, kind))
+        return arrays[-1]
+
+
 class _OpenShards:
-    """Readers of the shards in use; the one unused for longest is closed when there are too many."""
+    """Readers of the shards in use; the one unused for longest is closed when there are too many.
 
-    def __init__(self, folder: Path, shards: list[ShardInfo]) -> None:
-        self._folder, self._shards = folder, shards
+    A file is shared by all lanes. A stream is one lane's: it only goes forward.
+    """
+
+    def __init__(self, manifest: Manifest, shards: list[ShardInfo], cache: ShardCache | None) -> None:
+        self._manifest, self._shards, self._cache = manifest, shards, cache
+        self._streams = isinstance(manifest.folder, str) and cache is None
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Shared] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], _Shared] = OrderedDict()
 
-    def reader(self, index: int) -> _Shared:
-        """The reader of one shard, to be used in a `with` block: it is not closed meanwhile."""
+    def reader(self, example: Example) -> _Shared:
+        """The reader of an example's shard, to be used in a `with` block: it is not closed meanwhile."""
+        place = (example.shard, example.lane if self._streams else -1)
         with self._lock:
-            shared = self._open.get(index)
+            shared = self._open.get(place)
             if shared is None:
-                shard = self._shards[index]
-                shared = self._open[index] = _Shared(self, self._folder / shard.path, shard.index)
+                shared = self._open[place] = _Shared(self, self._shards[example.shard])
             shared.users += 1
-            self._open.move_to_end(index)
-            unused = [i for i, other in self._open.items() if not other.users]
-            for i in unused[: max(len(self._open) - OPEN_SHARDS, 0)]:
-                self._open.pop(i).close()
+            self._open.move_to_end(place)
+            unused = [place for place, other in self._open.items() if not other.users]
+            for old in unused[: max(len(self._open) - OPEN_SHARDS, 0)]:
+                self._open.pop(old).close()
             return shared
+
+    def open(self, shard: ShardInfo) -> Reader:
+        return open_reader(self._manifest, shard, self._cache)
 
     def release(self, shared: _Shared) -> None:
         with self._lock:
@@ -266,17 +342,17 @@ class _OpenShards:
 class _Shared:
     """A shard reader that several threads use, opened by the first of them."""
 
-    def __init__(self, owner: _OpenShards, path: Path, index: tuple[int, int]) -> None:
-        self._owner, self._path, self._index = owner, path, index
+    def __init__(self, owner: _OpenShards, shard: ShardInfo) -> None:
+        self._owner, self._shard = owner, shard
         self._lock = threading.Lock()
-        self._reader: ShardReader | None = None
+        self._reader: Reader | None = None
         self.users = 0
 
-    def __enter__(self) -> ShardReader:
+    def __enter__(self) -> Reader:
         try:
             with self._lock:
                 if self._reader is None:
-                    self._reader = ShardReader(self._path, self._index)
+                    self._reader = self._owner.open(self._shard)
                 return self._reader
         except BaseException:
             self._owner.release(self)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avatars.errors import UserError
+from shards.stores import RemoteFolder, is_remote
 
 __all__ = ["SCHEMA", "SPLITS", "Manifest", "PackSettings", "ShardInfo", "write_json"]
 
@@ -97,7 +98,7 @@ class Manifest:
     """What a folder of shards holds.
 
     Attributes:
-        folder: where it was read from.
+        folder: where it was read from, a path or a URL.
         expression_kind: what the codes mean.
         expression_length: their length E.
         expression_mean: E means over the timesteps of the training subjects, to standardise codes with.
@@ -110,7 +111,7 @@ class Manifest:
         shards: the files.
     """
 
-    folder: Path
+    folder: Path | str
     expression_kind: str
     expression_length: int
     expression_mean: tuple[float, ...]
@@ -156,11 +157,12 @@ class Manifest:
         for shard in content["shards"]:
             if len(set(shard["views"])) == 1:  # the usual case in one pair of numbers: views, how often
                 shard["views"] = {"each": shard["views"][0], "targets": len(shard["views"])}
-        write_json(self.folder / NAME, content)
+        write_json(Path(self.folder) / NAME, content)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Reads the manifest of a folder and looks at the size of every shard that it names.
+        """Reads the manifest of a folder, or of a URL that fsspec knows, and looks at the size of every
+        shard that it names.
 
         Raises:
             UserError: no folder, no manifest, one of a newer version or with fields missing, a shard that is
@@ -173,17 +175,23 @@ class Manifest:
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
         """Reads the manifest of a folder without a look at the shards; otherwise like `load`."""
-        folder = Path(folder)
-        file = folder / NAME
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not there. Give the folder that `headsplat shards pack` wrote.")
-        if not file.is_file():
+        if is_remote(folder):
+            folder, file = str(folder).rstrip("/"), f"{folder}/{NAME}"
+            text = RemoteFolder(folder).text(NAME)
+        else:
+            folder = Path(folder)
+            path = folder / NAME
+            file = str(path)
+            if not folder.is_dir():
+                raise UserError(f"{folder} is not there. Give the folder that `headsplat shards pack` wrote.")
+            text = path.read_text() if path.is_file() else None
+        if text is None:
             raise UserError(
                 f"{folder} holds no {NAME}, so it is no finished set of shards."
-                f" Run `headsplat shards pack` with --out {folder}; it goes on where it stopped."
+                f" Run `headsplat shards pack CAPTURES {folder}`; it goes on where it stopped."
             )
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(text)
             schema = content["schema"]
             if schema > SCHEMA:
                 raise UserError(
@@ -197,7 +205,7 @@ class Manifest:
             ) from None
 
     @classmethod
-    def _parse(cls, folder: Path, content: dict[str, Any]) -> Manifest:
+    def _parse(cls, folder: Path | str, content: dict[str, Any]) -> Manifest:
         shards = []
         for shard in content["shards"]:
             views = shard["views"]
@@ -232,10 +240,13 @@ class Manifest:
         )
 
     def _look(self) -> None:
-        with os.scandir(self.folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+        if isinstance(self.folder, str):
+            sizes = RemoteFolder(self.folder).sizes()
+        else:
+            with os.scandir(self.folder) as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
         for shard in self.shards:
-            path = self.folder / shard.path
+            path = f"{self.folder}/{shard.path}"
             if shard.path not in sizes:
                 raise UserError(
                     f"{path} is named by the manifest but is not there. Copy it again or pack again."

@@ -42,6 +42,7 @@ class Example:
         target: the target timestep, as a place in the shard.
         input_set: the input set of the shard; it does not contain the target timestep.
         views: which of the target's views to compare.
+        lane: which of the stretches that are read side by side it comes from.
     """
 
     position: int
@@ -50,6 +51,7 @@ class Example:
     target: int
     input_set: int
     views: tuple[int, ...]
+    lane: int
 
 
 class Plan:
@@ -110,6 +112,7 @@ class Plan:
             target=target,
             input_set=draws.choice(sets),
             views=tuple(draws.sample(shard.views[target], self.views)),
+            lane=place % self.lanes,
         )
 
     def batch(self, step: int, *, micro_batch: int, world_size: int = 1, rank: int = 0) -> list[Example]:

@@ -22,28 +22,44 @@ from avatars.errors import UserError
 from avatars.inputs import InputSet
 from shards.manifest import Manifest, ShardInfo
 from shards.pictures import decode_jpeg, decode_mask
+from shards.stores import RemoteFolder, ShardCache, StreamReader
 from shards.tarfiles import ShardReader
 
 __all__ = ["ShardSet", "SubjectShards", "Target", "open_shards"]
 
 
-def open_shards(folder: str | Path, split: str) -> ShardSet:
+Reader = ShardReader | StreamReader
+
+
+def open_reader(manifest: Manifest, shard: ShardInfo, cache: ShardCache | None) -> Reader:
+    """A reader of one shard: of the file where it is local or cached, of the stream where it is remote."""
+    if isinstance(manifest.folder, Path):
+        return ShardReader(manifest.folder / shard.path, shard.index)
+    remote = RemoteFolder(manifest.folder)
+    if cache is None:
+        return StreamReader(remote, shard.path)
+    return ShardReader(cache.path(remote, shard.path, shard.sha256), shard.index)
+
+
+def open_shards(folder: str | Path, split: str, cache: ShardCache | None = None) -> ShardSet:
     """Opens one split of a folder of shards.
 
     Args:
-        folder: where `pack` wrote.
+        folder: where `pack` wrote, or a URL of a copy of it.
         split: "train" or "heldout".
+        cache: where copies of remote shards are kept; without one they are streamed.
 
     Raises:
         UserError: no valid set of shards, or no such split.
     """
-    return ShardSet(Manifest.load(folder), split)
+    return ShardSet(Manifest.load(folder), split, cache)
 
 
 class ShardSet:
     """One split of a folder of shards, by subject."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, cache: ShardCache | None = None) -> None:
+        self._cache = cache
         self.manifest = manifest
         self.split = split
         self.subjects = list(manifest.subjects(split))
@@ -59,7 +75,8 @@ class ShardSet:
                 f"{subject} is not among the {self.split} subjects of {self.manifest.folder}:"
                 f" {', '.join(self.subjects) or 'none'}."
             )
-        return SubjectShards(self.manifest, [s for s in self.manifest.shards if s.subject == subject])
+        shards = [shard for shard in self.manifest.shards if shard.subject == subject]
+        return SubjectShards(self.manifest, shards, self._cache)
 
 
 class SubjectShards:
@@ -71,9 +88,11 @@ class SubjectShards:
         targets: all target timesteps in the order of time.
     """
 
-    def __init__(self, manifest: Manifest, shards: Sequence[ShardInfo]) -> None:
+    def __init__(
+        self, manifest: Manifest, shards: Sequence[ShardInfo], cache: ShardCache | None = None
+    ) -> None:
         self.subject = shards[0].subject
-        readers = [ShardReader(manifest.folder / shard.path, shard.index) for shard in shards]
+        readers = [open_reader(manifest, shard, cache) for shard in shards]
         self.input_sets = InputSets(readers, manifest.size)
         self.targets: list[Target] = sorted(
             (
@@ -89,7 +108,7 @@ class SubjectShards:
 class InputSets(Sequence[InputSet]):
     """The input sets of a subject, each decoded when it is taken out."""
 
-    def __init__(self, readers: Sequence[ShardReader], size: int) -> None:
+    def __init__(self, readers: Sequence[Reader], size: int) -> None:
         self._size = size
         self._places = [
             (reader, key) for reader in readers for key in reader.keys if key.startswith("inputs-")
@@ -121,7 +140,7 @@ class Target:
         camera_ids: V names.
     """
 
-    def __init__(self, reader: ShardReader, key: str, size: int) -> None:
+    def __init__(self, reader: Reader, key: str, size: int) -> None:
         self._reader, self._key, self._size = reader, key, size
         described = read_description(reader, key)
         self.timestep = str(described["timestep"])
@@ -150,7 +169,7 @@ class Target:
         return images, masks
 
 
-def read_input_set(reader: ShardReader, key: str, size: int) -> InputSet:
+def read_input_set(reader: Reader, key: str, size: int) -> InputSet:
     """Decodes one input set of a shard."""
     described = read_description(reader, key)
     pictures = described["pictures"]
@@ -186,7 +205,7 @@ def read_input_set(reader: ShardReader, key: str, size: int) -> InputSet:
     )
 
 
-def read_description(reader: ShardReader, key: str) -> dict[str, Any]:
+def read_description(reader: Reader, key: str) -> dict[str, Any]:
     """The JSON of one sample."""
     try:
         described: dict[str, Any] = json.loads(reader.read(key, ["json"])["json"])
@@ -198,7 +217,7 @@ def read_description(reader: ShardReader, key: str) -> dict[str, Any]:
 
 
 def decode_views(
-    reader: ShardReader,
+    reader: Reader,
     key: str,
     names: Sequence[str],
     images: NDArray[np.uint8] | None,
@@ -221,7 +240,7 @@ def decode_views(
 
 
 def read_prior(
-    reader: ShardReader, key: str, names: Sequence[str], size: int
+    reader: Reader, key: str, names: Sequence[str], size: int
 ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """Position maps (N, 3, H, W) and confidence (N, 1, H, W) of one input set, as stored."""
     positions = np.empty((len(names), 3, size, size), np.float16)
@@ -231,7 +250,7 @@ def read_prior(
 
 
 def fill_prior(
-    reader: ShardReader,
+    reader: Reader,
     key: str,
     names: Sequence[str],
     positions: NDArray[np.floating],
