@@ -241,7 +241,7 @@ class Manifest:
 
     def _look(self) -> None:
         if isinstance(self.folder, str):
-            sizes = RemoteFolder(self.folder).sizes()
+            sizes: dict[str, int | None] = RemoteFolder(self.folder).sizes()
         else:
             with os.scandir(self.folder) as entries:
                 sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
@@ -251,7 +251,7 @@ class Manifest:
                 raise UserError(
                     f"{path} is named by the manifest but is not there. Copy it again or pack again."
                 )
-            if sizes[shard.path] != shard.bytes:
+            if sizes[shard.path] not in (shard.bytes, None):
                 raise UserError(
                     f"{path} has {sizes[shard.path]} bytes where the manifest says {shard.bytes}: it was"
                     " cut short or"

@@ -65,13 +65,13 @@ class RemoteFolder:
             return None
         return data.decode()
 
-    def sizes(self) -> dict[str, int]:
-        """The files of the folder and their sizes in bytes; none where there is no folder."""
+    def sizes(self) -> dict[str, int | None]:
+        """The files of the folder and their sizes in bytes, where the storage knows them."""
         try:
             entries = self._try("", lambda: self._files.ls(self._root, detail=True))
         except FileNotFoundError:
             return {}
-        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries}
+        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
     def open(self, name: str) -> IO[bytes]:
         """A file, to be read from front to back."""
@@ -203,7 +203,9 @@ class StreamReader:
         with self._lock:
             sample = self._kept.get(key) or self._forward(key) or self._again(key)
         if sample is None:
-            raise UserError(f"{self._where} has no sample {key}. Pack or copy the shards again.")
+            raise UserError(
+                f"{self._where} ends without {key}: it is cut short or another file. Copy the shard again."
+            )
         missing = [extension for extension in wanted if extension not in sample]
         if missing:
             raise UserError(f"{self._where}: {key} has no {missing[0]}. Pack the shards again.")
