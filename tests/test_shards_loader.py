@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 import threading
 from collections import deque
 
@@ -169,3 +172,32 @@ def test_no_loaded_subject_is_held_out(shards):
         with BatchLoader(shards, split, seed=0, micro_batch=4, views=2) as loader:
             names = {name.split("/")[0] for _ in range(10) for name in next(loader)["ids"]}
         assert names == set(manifest.subjects(split))
+
+
+RANK = """
+import json, sys
+from shards import BatchLoader
+
+folder, rank, start, stop, threads = sys.argv[1], *map(int, sys.argv[2:])
+with BatchLoader(
+    folder, "train", seed=5, micro_batch=2, views=3, world_size=2, rank=rank, start=start, threads=threads
+) as loader:
+    print(json.dumps([next(loader)["ids"] for _ in range(start, stop)]))
+"""
+
+
+@pytest.mark.e2e
+def test_two_processes_resume_to_the_order_of_one(shards):
+    def started(rank, start, stop, threads):
+        words = [sys.executable, "-c", RANK, str(shards), *map(str, (rank, start, stop, threads))]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    processes = [
+        [started(rank, 0, 4, 2), started(rank, 4, 9, 3)] for rank in (0, 1)
+    ]  # other threads after the stop
+    ranks = [
+        [step for process in parts for step in json.loads(process.communicate()[0])] for parts in processes
+    ]
+    assert all(process.returncode == 0 for parts in processes for process in parts)
+    one = [name for batch in ids(shards, 18) for name in batch]
+    assert [name for step in zip(*ranks, strict=True) for batch in step for name in batch] == one
