@@ -40,8 +40,9 @@ constexpr int TILE = 16, TILE_PIXELS = TILE * TILE;
 constexpr int BLOCK_W = 4, BLOCK_H = V / BLOCK_W;
 constexpr int BLOCKS_X = TILE / BLOCK_W, BLOCKS = TILE_PIXELS / V;
 constexpr int CHUNK = 1024;           // Gaussians that one task projects
+constexpr int RANKS = 4096;           // visible Gaussians that one task sorts into tiles
+constexpr int AHEAD = 8;              // entries that are fetched before they are needed
 constexpr int SUMS = 16;              // floats of one pair's slot: ten sums, padded to a cache line
-constexpr uint32_t UNSEEN = 0xffffffffu;
 static_assert(CHUNK % V == 0 && BLOCKS <= 32);
 
 // What the sums of a pair are. q is the gradient of the exponent's argument sigma, w the Gaussian's weight.
@@ -78,17 +79,18 @@ class Buffer {
     size_t capacity_ = 0;
 };
 
-struct Splat {  // a projected Gaussian, 48 bytes
+struct alignas(64) Splat {  // a projected Gaussian, one cache line
     float x, y;                 // centre, pixels
     float slope, k, h, lo;      // alpha = 2^(lo - k (dx - slope dy)² - h dy²)
+    float half_x, half_y;       // where alpha falls to 1/255, pixels from the centre
     float r, g, b, z;
-    float opacity;              // with the antialiasing factor
+    float slack;                // of pixel positions against rounding
     uint32_t index;
 };
 
 struct Entry {  // one (tile, Gaussian) pair
     uint32_t rank;  // in the camera's depth order
-    uint32_t slot;  // where its sums go: each rank's slots lie side by side
+    uint32_t slot;  // where its sums go: each Gaussian's slots lie side by side
 };
 
 struct Key {
@@ -109,11 +111,12 @@ struct Lists {
     std::vector<Camera> camera;
     Buffer<float> soa;                // [FIELDS][padded]: means, axes (rotation x scales) and opacities
     Buffer<Splat> found, splats;      // [cameras][padded]: as projected, and in depth order
-    Buffer<Key> keys, keys_2;
-    Buffer<uint32_t> rank_of;         // [cameras][padded]
-    Buffer<uint32_t> slot_begin;      // [cameras][padded + 1]
-    Buffer<uint32_t> cursor;          // [cameras][tiles]
-    Buffer<uint64_t> tile_begin;      // [cameras][tiles + 1], into entries
+    Buffer<Key> keys, keys_2;         // [cameras][padded]
+    Buffer<uint32_t> slot_begin;      // [cameras][padded + 1], by Gaussian
+    Buffer<uint32_t> cursor;          // [cameras][rank chunks][tiles]
+    std::vector<std::vector<uint32_t>> lit_tiles;  // [cameras][rank chunks], of each rank in turn
+    int rank_chunks;                  // a camera has at most so many
+    Buffer<uint64_t> tile_begin;      // [cameras][tiles + 1], into the camera's entries
     Buffer<Entry> entries;
     Buffer<uint32_t> lit;             // blocks that received light, one mask an entry
     Buffer<float> transmittance, depth;  // [cameras][tiles][256], block order
@@ -123,8 +126,7 @@ struct Lists {
     Buffer<uint32_t> chunk_count;
 
     size_t bytes() const {
-        return soa.bytes() + found.bytes() + splats.bytes() + keys.bytes() + keys_2.bytes() + rank_of.bytes() +
-               slot_begin.bytes() + cursor.bytes() + tile_begin.bytes() + entries.bytes() + lit.bytes() +
+        return soa.bytes() + found.bytes() + splats.bytes() + keys.bytes() + keys_2.bytes() + slot_begin.bytes() + cursor.bytes() + tile_begin.bytes() + entries.bytes() + lit.bytes() +
                transmittance.bytes() + depth.bytes() + last.bytes() + chunk_count.bytes();
     }
 };
@@ -463,6 +465,7 @@ void project_chunk(Lists& lists, const Input& in, int c, int64_t chunk, int32_t*
     const Camera& camera = lists.camera[c];
     const int64_t n = lists.count, begin = chunk * CHUNK, end = std::min<int64_t>(begin + CHUNK, n);
     Splat* found = lists.found.data() + c * static_cast<int64_t>(lists.padded) + begin;
+    Key* keys = lists.keys_2.data() + c * static_cast<int64_t>(lists.padded) + begin;
     uint32_t count = 0;
     for (int64_t group = begin; group < end; group += V) {
         const int lanes = static_cast<int>(std::min<int64_t>(V, n - group));
@@ -477,7 +480,8 @@ void project_chunk(Lists& lists, const Input& in, int c, int64_t chunk, int32_t*
         const F extent = min(splat(EXTENT_MAX_SQUARED), TWO_LN_2 * (p.lo - LOG2_ALPHA_MIN));
         const F reach = sqrt(max(extent, splat(0.0f)));
         const F rx = reach * sqrt(p.cxx), ry = reach * sqrt(p.cyy);
-        alignas(64) float lane[13][V];
+        const F exact = sqrt(max(TWO_LN_2 * (p.lo - LOG2_ALPHA_MIN), splat(0.0f)));
+        alignas(64) float lane[11][V];
         store(lane[0], x);
         store(lane[1], y);
         store(lane[2], p.cxy / p.cyy);
@@ -485,9 +489,10 @@ void project_chunk(Lists& lists, const Input& in, int c, int64_t chunk, int32_t*
         store(lane[4], HALF_LOG2_E / p.cyy);
         store(lane[5], p.lo);
         store(lane[6], p.z);
-        store(lane[7], p.opacity);
+        store(lane[7], exact * sqrt(p.cxx));
         store(lane[8], rx);
         store(lane[9], ry);
+        store(lane[10], exact * sqrt(p.cyy));
         const M sane = both(gt(rx, splat(0.0f)), both(gt(splat(1e18f), p.det), gt(splat(1e9f), rx + ry)));
         int seen = bits(both(p.valid, sane));
         for (int l = 0; l < lanes; ++l) {
@@ -498,9 +503,13 @@ void project_chunk(Lists& lists, const Input& in, int c, int64_t chunk, int32_t*
             group_radii[2 * l] = in_picture ? static_cast<int32_t>(radius_x) : 0;
             group_radii[2 * l + 1] = in_picture ? static_cast<int32_t>(radius_y) : 0;
             if (!in_picture) continue;
-            Splat& s = found[count++];
-            s = {lane[0][l], lane[1][l], lane[2][l], lane[3][l], lane[4][l], lane[5][l],
-                 0, 0, 0, lane[6][l], lane[7][l], static_cast<uint32_t>(group + l)};
+            Splat& s = found[count];
+            std::memcpy(&keys[count].depth, &lane[6][l], 4);
+            keys[count].position = static_cast<uint32_t>(begin + count);
+            ++count;
+            s = {lane[0][l], lane[1][l], lane[2][l], lane[3][l], lane[4][l], lane[5][l], lane[7][l], lane[10][l],
+                 0, 0, 0, lane[6][l], 0, static_cast<uint32_t>(group + l)};
+            s.slack = 2e-3f + 1e-6f * (std::abs(s.x) + std::abs(s.y) + s.half_x + s.half_y);
             color_of(lists, in, camera, s.index, &s.r);
         }
     }
@@ -535,25 +544,16 @@ void sort_by_depth(Key* keys, Key* other, uint32_t count) {
     if (from != keys) std::memcpy(keys, from, count * sizeof(Key));
 }
 
-// The part of the picture where a splat's alpha can reach 1/255.
-struct Reach {
-    float x, y, slope, k, h, level, half_x, half_y, turn;
-
-    explicit Reach(const Splat& s) : x(s.x), y(s.y), slope(s.slope), k(s.k), h(s.h), level(s.lo - LOG2_ALPHA_MIN) {
-        const float xx = 1.0f / k + slope * slope / h;
-        half_y = std::sqrt(level / h);
-        half_x = std::sqrt(level * xx);
-        turn = half_x * (slope / h) / xx;  // dy of the rightmost point; the leftmost is opposite
-    }
-    // Extent in x over rows whose centres lie in [top, bottom], both pixel positions.
-    void span(float top, float bottom, float& left, float& right) const {
-        const float low = std::max(top - y, -half_y), high = std::min(bottom - y, half_y);
-        const float at_right = std::max(low, std::min(turn, high)), at_left = std::max(low, std::min(-turn, high));
-        right = x + slope * at_right + std::sqrt(std::max(0.0f, (level - h * at_right * at_right) / k));
-        left = x + slope * at_left - std::sqrt(std::max(0.0f, (level - h * at_left * at_left) / k));
-    }
-    float slack() const { return 2e-3f + 1e-6f * (std::abs(x) + std::abs(y) + half_x + half_y); }
-};
+// Extent in x of the splat's ellipse over rows whose centres lie in [top, bottom], all pixel positions.
+inline void span(const Splat& s, float top, float bottom, float& left, float& right) {
+    const float level = s.lo - LOG2_ALPHA_MIN;
+    // dy of the rightmost point; the leftmost is opposite
+    const float turn = s.half_x * (s.slope / s.h) / (1.0f / s.k + s.slope * s.slope / s.h);
+    const float low = std::max(top - s.y, -s.half_y), high = std::min(bottom - s.y, s.half_y);
+    const float at_right = std::max(low, std::min(turn, high)), at_left = std::max(low, std::min(-turn, high));
+    right = s.x + s.slope * at_right + std::sqrt(std::max(0.0f, (level - s.h * at_right * at_right) / s.k));
+    left = s.x + s.slope * at_left - std::sqrt(std::max(0.0f, (level - s.h * at_left * at_left) / s.k));
+}
 
 // First and last pixel whose centre lies in [low, high], cut to [0, size).
 inline bool pixels(float low, float high, float slack, int size, int& first, int& last) {
@@ -564,19 +564,17 @@ inline bool pixels(float low, float high, float slack, int size, int& first, int
 
 // Calls visit(tile) for all tiles that the splat can light, row by row.
 template <typename Visit>
-inline void each_tile(const Lists& lists, const Splat& splat, const Visit& visit) {
-    const Reach reach(splat);
-    const float slack = reach.slack();
+inline void each_tile(const Lists& lists, const Splat& s, const Visit& visit) {
     int left, right, top, bottom;
-    if (!pixels(reach.y - reach.half_y, reach.y + reach.half_y, slack, lists.height, top, bottom)) return;
-    if (!pixels(reach.x - reach.half_x, reach.x + reach.half_x, slack, lists.width, left, right)) return;
+    if (!pixels(s.y - s.half_y, s.y + s.half_y, s.slack, lists.height, top, bottom)) return;
+    if (!pixels(s.x - s.half_x, s.x + s.half_x, s.slack, lists.width, left, right)) return;
     const int row_0 = top / TILE, row_1 = bottom / TILE, column_0 = left / TILE, column_1 = right / TILE;
     for (int row = row_0; row <= row_1; ++row) {
         int first = column_0, last = column_1;
         if (row_0 < row_1 && column_0 < column_1) {
             float low, high;
-            reach.span(row * TILE + 0.5f - slack, row * TILE + TILE - 0.5f + slack, low, high);
-            if (!pixels(low, high, slack, lists.width, left, right)) continue;
+            span(s, row * TILE + 0.5f - s.slack, row * TILE + TILE - 0.5f + s.slack, low, high);
+            if (!pixels(low, high, s.slack, lists.width, left, right)) continue;
             first = left / TILE;
             last = right / TILE;
         }
@@ -584,61 +582,85 @@ inline void each_tile(const Lists& lists, const Splat& splat, const Visit& visit
     }
 }
 
-// Depth order of one camera, and how many pairs every tile has.
+// Depth order of one camera.
 void order_camera(Lists& lists, int c) {
     const int64_t base = c * static_cast<int64_t>(lists.padded);
     const int64_t chunks = (lists.padded + CHUNK - 1) / CHUNK;
     Key* keys = lists.keys.data() + base;
+    Key* found = lists.keys_2.data() + base;
     uint32_t count = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const uint32_t in_chunk = lists.chunk_count[c * chunks + chunk];
-        const Splat* found = lists.found.data() + base + chunk * CHUNK;
-        for (uint32_t i = 0; i < in_chunk; ++i) {
-            uint32_t depth;
-            std::memcpy(&depth, &found[i].z, 4);
-            keys[count++] = {depth, static_cast<uint32_t>(chunk * CHUNK + i)};
-        }
+        std::memcpy(keys + count, found + chunk * CHUNK, in_chunk * sizeof(Key));
+        count += in_chunk;
     }
     lists.visible[c] = count;
-    sort_by_depth(keys, lists.keys_2.data() + base, count);
-
-    const int tiles = lists.tiles_x * lists.tiles_y;
-    uint32_t* rank_of = lists.rank_of.data() + base;
-    uint32_t* slot_begin = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
-    uint32_t* cursor = lists.cursor.data() + c * static_cast<int64_t>(tiles);
-    std::fill_n(rank_of, lists.padded, UNSEEN);
-    std::fill_n(cursor, tiles, 0u);
-    uint64_t slots = 0;
-    for (uint32_t rank = 0; rank < count; ++rank) {
-        const Splat& splat = lists.splats[base + rank] = lists.found[base + keys[rank].position];
-        rank_of[splat.index] = rank;
-        slot_begin[rank] = static_cast<uint32_t>(slots);
-        each_tile(lists, splat, [&](int tile) {
-            ++cursor[tile];
-            ++slots;
-        });
-    }
-    slot_begin[count] = static_cast<uint32_t>(slots);
-    lists.entry_begin[c + 1] = slots;
+    sort_by_depth(keys, found, count);
+    std::fill_n(lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1), lists.padded + 1, 0u);
 }
 
-void bin_camera(Lists& lists, int c) {
+// Puts RANKS splats of one camera in depth order and notes the tiles that they light.
+void find_tiles(Lists& lists, int c, int chunk) {
+    const int64_t base = c * static_cast<int64_t>(lists.padded);
+    const int tiles = lists.tiles_x * lists.tiles_y, part = c * lists.rank_chunks + chunk;
+    const uint32_t begin = chunk * RANKS, end = std::min<uint32_t>(begin + RANKS, lists.visible[c]);
+    const Key* keys = lists.keys.data() + base;
+    const Splat* found = lists.found.data() + base;
+    uint32_t* slots = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
+    uint32_t* counts = lists.cursor.data() + part * static_cast<int64_t>(tiles);
+    std::vector<uint32_t>& lit_tiles = lists.lit_tiles[part];
+    std::fill_n(counts, tiles, 0u);
+    lit_tiles.clear();
+    for (uint32_t rank = begin; rank < end; ++rank) {
+        if (rank + AHEAD < end) __builtin_prefetch(found + keys[rank + AHEAD].position);
+        const Splat s = lists.splats[base + rank] = found[keys[rank].position];
+        const size_t before = lit_tiles.size();
+        each_tile(lists, s, [&](int tile) {
+            ++counts[tile];
+            lit_tiles.push_back(tile);
+        });
+        slots[s.index] = static_cast<uint32_t>(lit_tiles.size() - before);
+    }
+}
+
+// Where every tile's and every chunk's part of the entries begins. Returns the number of the camera's entries.
+uint64_t lay_out_camera(Lists& lists, int c) {
     const int tiles = lists.tiles_x * lists.tiles_y;
-    uint32_t* cursor = lists.cursor.data() + c * static_cast<int64_t>(tiles);
+    const int chunks = static_cast<int>((lists.visible[c] + RANKS - 1) / RANKS);
+    uint32_t* cursor = lists.cursor.data() + static_cast<int64_t>(c) * lists.rank_chunks * tiles;
     uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1);
-    uint64_t sum = lists.entry_begin[c];
+    uint64_t sum = 0;
     for (int tile = 0; tile < tiles; ++tile) {
         tile_begin[tile] = sum;
-        sum += cursor[tile];
-        cursor[tile] = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const uint32_t count = cursor[chunk * static_cast<int64_t>(tiles) + tile];
+            cursor[chunk * static_cast<int64_t>(tiles) + tile] = static_cast<uint32_t>(sum);
+            sum += count;
+        }
     }
     tile_begin[tiles] = sum;
+    uint32_t* slots = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
+    uint32_t begin = 0;
+    for (int64_t i = 0; i <= lists.padded; ++i) {
+        const uint32_t count = slots[i];
+        slots[i] = begin;
+        begin += count;
+    }
+    return sum;
+}
+
+void fill_tiles(Lists& lists, int c, int chunk) {
+    const int tiles = lists.tiles_x * lists.tiles_y, part = c * lists.rank_chunks + chunk;
+    const uint32_t begin = chunk * RANKS, end = std::min<uint32_t>(begin + RANKS, lists.visible[c]);
+    const uint32_t* slot_begin = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
-    uint32_t slot = 0;
-    for (uint32_t rank = 0; rank < lists.visible[c]; ++rank)
-        each_tile(lists, splats[rank], [&](int tile) {
-            lists.entries[tile_begin[tile] + cursor[tile]++] = {rank, slot++};
-        });
+    uint32_t* cursor = lists.cursor.data() + part * static_cast<int64_t>(tiles);
+    Entry* entries = lists.entries.data() + lists.entry_begin[c];
+    const uint32_t* tile = lists.lit_tiles[part].data();
+    for (uint32_t rank = begin; rank < end; ++rank) {
+        const uint32_t index = splats[rank].index, stop = slot_begin[index + 1];
+        for (uint32_t slot = slot_begin[index]; slot < stop; ++slot) entries[cursor[*tile++]++] = {rank, slot};
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- tiles
@@ -668,8 +690,17 @@ constexpr Lanes LANES;
 // Blocks of a tile in which some pixel centre may lie inside the splat's ellipse. `x`, `y`: the splat's centre
 // relative to the centre of the tile's first pixel.
 inline uint32_t blocks_of(const Splat& s, float x, float y) {
-    const float level = s.lo - LOG2_ALPHA_MIN, inverse_k = 1.0f / s.k;
-    const float slack = 2e-3f + 1e-6f * (std::abs(s.x) + std::abs(s.y));
+    // Small splats: all blocks of the box around the ellipse, a few of which may turn out to be dark.
+    const int left = static_cast<int>(std::max(x - s.half_x - s.slack + 0.9999f, 0.0f)) >> 2;
+    const int right = static_cast<int>(std::min(x + s.half_x + s.slack, TILE - 1.0f)) >> 2;
+    const int top = static_cast<int>(std::max(y - s.half_y - s.slack + 0.9999f, 0.0f)) / BLOCK_H;
+    const int bottom = static_cast<int>(std::min(y + s.half_y + s.slack, TILE - 1.0f)) / BLOCK_H;
+    if ((right - left + 1) * (bottom - top + 1) <= 4 * BLOCK_W / BLOCK_H) {
+        const uint32_t columns = (2u << right) - (1u << left);
+        const uint64_t rows = (uint64_t{1} << (bottom + 1) * BLOCKS_X) - (uint64_t{1} << top * BLOCKS_X);
+        return columns * 0x11111111u & static_cast<uint32_t>(rows);
+    }
+    const float level = s.lo - LOG2_ALPHA_MIN, inverse_k = 1.0f / s.k, slack = s.slack;
     I found = splat_int(0);
     for (int r = 0; r < TILE; r += V) {
         const F dy = load(LANES.row + r) - y;
@@ -740,8 +771,8 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
     const int tiles = lists.tiles_x * lists.tiles_y;
     const TileBox box(lists, tile);
     const uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1) + tile;
-    const Entry* entries = lists.entries.data() + tile_begin[0];
-    uint32_t* lit = lists.lit.data() + tile_begin[0];
+    const Entry* entries = lists.entries.data() + lists.entry_begin[c] + tile_begin[0];
+    uint32_t* lit = lists.lit.data() + lists.entry_begin[c] + tile_begin[0];
     const int32_t count = static_cast<int32_t>(tile_begin[1] - tile_begin[0]);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
 
@@ -759,7 +790,8 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
 
     int32_t e = 0;
     for (; e < count && alive; ++e) {
-        const Splat& s = splats[entries[e].rank];
+        __builtin_prefetch(splats + entries[std::min(e + AHEAD, count - 1)].rank);
+        const Splat s = splats[entries[e].rank];
         const float x = s.x - (box.left + 0.5f), y = s.y - (box.top + 0.5f);
         uint32_t lit_here = 0;
         uint32_t todo = blocks_of(s, x, y) & alive;
@@ -832,8 +864,8 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
     const int tiles = lists.tiles_x * lists.tiles_y;
     const TileBox box(lists, tile);
     const uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1) + tile;
-    const Entry* entries = lists.entries.data() + tile_begin[0];
-    const uint32_t* lit = lists.lit.data() + tile_begin[0];
+    const Entry* entries = lists.entries.data() + lists.entry_begin[c] + tile_begin[0];
+    const uint32_t* lit = lists.lit.data() + lists.entry_begin[c] + tile_begin[0];
     const int32_t count = static_cast<int32_t>(tile_begin[1] - tile_begin[0]);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
     const int64_t state = (c * static_cast<int64_t>(tiles) + tile) * TILE_PIXELS;
@@ -880,13 +912,16 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
     }
 
     for (int32_t e = count - 1; e >= 0; --e) {
+        const Entry& ahead = entries[std::max(e - AHEAD, 0)];
+        __builtin_prefetch(splats + ahead.rank);
+        __builtin_prefetch(sums + SUMS * static_cast<int64_t>(ahead.slot), 1);
         float* slot = sums + SUMS * static_cast<int64_t>(entries[e].slot);
         uint32_t todo = lit[e];
         if (!todo) {
             std::memset(slot, 0, SUMS * sizeof(float));
             continue;
         }
-        const Splat& s = splats[entries[e].rank];
+        const Splat s = splats[entries[e].rank];
         const float x = s.x - (box.left + 0.5f), y = s.y - (box.top + 0.5f);
         const F dx_0 = load(LANES.x) - x, dy_0 = load(LANES.y) - y;
         const F slope = splat(s.slope), k = splat(s.k), h = splat(s.h), lo = splat(s.lo);
@@ -930,16 +965,15 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
 void project_gradient(const Lists& lists, const Input& in, int c, int64_t begin, const float* sums, float* gradient,
                       float* v_colors) {
     const int64_t stride = lists.padded;
-    const uint32_t* rank_of = lists.rank_of.data() + c * stride + begin;
-    const uint32_t* slot_begin = lists.slot_begin.data() + c * (stride + 1);
+    const uint32_t* slot_begin = lists.slot_begin.data() + c * (stride + 1) + begin;
+    if (slot_begin[0] == slot_begin[V]) return;
     alignas(64) float lane[10][V];
     bool touched = false;
     for (int l = 0; l < V; ++l) {
         alignas(64) float total[SUMS] = {};
-        if (rank_of[l] != UNSEEN)
-            for (uint32_t slot = slot_begin[rank_of[l]]; slot < slot_begin[rank_of[l] + 1]; ++slot)
-                for (int i = 0; i < SUMS; i += V)
-                    store(total + i, load(total + i) + load(sums + SUMS * static_cast<int64_t>(slot) + i));
+        for (uint32_t slot = slot_begin[l]; slot < slot_begin[l + 1]; ++slot)
+            for (int i = 0; i < SUMS; i += V)
+                store(total + i, load(total + i) + load(sums + SUMS * static_cast<int64_t>(slot) + i));
         for (int i = 0; i < 10; ++i) {
             lane[i][l] = total[SUM_LANE[i]];
             touched |= lane[i][l] != 0;
@@ -957,17 +991,18 @@ void project_gradient(const Lists& lists, const Input& in, int c, int64_t begin,
     if (!lists.sh) {
         for (int i = 0; i < 3; ++i) add(v_color + i, load(lane[WR + i]));
     } else {
-        const Splat* splats = lists.splats.data() + c * stride;
         for (int l = 0; l < V; ++l) {
-            if (rank_of[l] == UNSEEN) continue;
+            if (slot_begin[l] == slot_begin[l + 1]) continue;
             const int64_t index = begin + l;
-            const Splat& s = splats[rank_of[l]];
             const Direction d = direction_to(in.means + 3 * index, camera.center);
-            const float v_rgb[3] = {s.r > 0 ? lane[WR][l] : 0, s.g > 0 ? lane[WG][l] : 0, s.b > 0 ? lane[WB][l] : 0};
             const float* coefficients = in.colors + 3 * lists.sh * index;
             float* v_coefficients = v_colors + 3 * lists.sh * index;
-            float basis[16], weight[16], g[3];
+            float basis[16], weight[16], g[3], rgb[3] = {0.5f, 0.5f, 0.5f};
             sh_basis(lists.sh, d.x, d.y, d.z, basis);
+            for (int k = 0; k < lists.sh; ++k)
+                for (int i = 0; i < 3; ++i) rgb[i] += basis[k] * coefficients[3 * k + i];
+            const float v_rgb[3] = {rgb[0] > 0 ? lane[WR][l] : 0, rgb[1] > 0 ? lane[WG][l] : 0,
+                                    rgb[2] > 0 ? lane[WB][l] : 0};
             for (int k = 0; k < lists.sh; ++k) {
                 weight[k] = 0;
                 for (int i = 0; i < 3; ++i) {
@@ -985,14 +1020,9 @@ void project_gradient(const Lists& lists, const Input& in, int c, int64_t begin,
 
     Projected p{};
     project(lists, camera, begin, p);
-    int seen = 0;
-    for (int l = 0; l < V; ++l) seen |= (rank_of[l] != UNSEEN) << l;
-#ifdef HEADSPLAT_AVX512
-    const M valid = static_cast<M>(seen);
-#else
-    M valid = splat_int(0);
-    for (int l = 0; l < V; ++l) valid[l] = -(seen >> l & 1);
-#endif
+    alignas(64) int32_t slots[V];
+    for (int l = 0; l < V; ++l) slots[l] = static_cast<int32_t>(slot_begin[l + 1] - slot_begin[l]);
+    const M valid = ge(load(slots), splat_int(1));  // the others may hold infinities
 
     // conic = (a, b, d): sigma = (a dx² + 2 b dx dy + d dy²) / 2, and conic (dx, dy) = (a t, b t + dy / cyy)
     const F a = p.cyy / p.det, b = -p.cxy / p.det, e = 1.0f / p.cyy;
@@ -1162,9 +1192,10 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
         l.splats.resize(cameras * padded);
         l.keys.resize(cameras * padded);
         l.keys_2.resize(cameras * padded);
-        l.rank_of.resize(cameras * padded);
         l.slot_begin.resize(cameras * (padded + 1));
-        l.cursor.resize(cameras * tiles);
+        l.rank_chunks = static_cast<int>((padded + RANKS - 1) / RANKS);
+        l.cursor.resize(cameras * l.rank_chunks * tiles);
+        l.lit_tiles.resize(static_cast<size_t>(cameras) * l.rank_chunks);
         l.tile_begin.resize(cameras * (tiles + 1));
         l.chunk_count.resize(cameras * chunks);
         l.transmittance.resize(cameras * tiles * TILE_PIXELS);
@@ -1182,22 +1213,33 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
             team.each(cameras * chunks,
                       [&](int64_t i) { project_chunk(l, in, static_cast<int>(i / chunks), i % chunks, out.radii); });
             team.each(cameras, [&](int64_t c) { order_camera(l, static_cast<int>(c)); });
-            team.once([&] {
-                uint64_t most = 0;
-                for (int c = 0; c < cameras; ++c) {
-                    most = std::max(most, l.entry_begin[c + 1]);
-                    l.entry_begin[c + 1] += l.entry_begin[c];
-                }
-                if (most >= 0x7fffffffu) {
-                    error = TOO_MANY_PAIRS;
+            const auto each_rank_chunk = [&](const auto& work) {
+                team.each(static_cast<int64_t>(cameras) * l.rank_chunks, [&](int64_t i) {
+                    const int c = static_cast<int>(i / l.rank_chunks), chunk = static_cast<int>(i % l.rank_chunks);
+                    if (static_cast<uint32_t>(chunk) * RANKS < l.visible[c]) work(c, chunk);
+                });
+            };
+            each_rank_chunk([&](int c, int chunk) {
+                try {
+                    find_tiles(l, c, chunk);
+                } catch (const std::bad_alloc&) {
                     team.fail();
-                    return;
+                }
+            });
+            team.once([&] {
+                for (int c = 0; c < cameras && !team.failed(); ++c) {
+                    const uint64_t entries = lay_out_camera(l, c);
+                    if (entries >= 0x7fffffffu) {
+                        error = TOO_MANY_PAIRS;
+                        team.fail();
+                    }
+                    l.entry_begin[c + 1] = l.entry_begin[c] + entries;
                 }
                 l.entries.resize(l.entry_begin[cameras]);
                 l.lit.resize(l.entry_begin[cameras]);
             });
             if (team.failed()) return;
-            team.each(cameras, [&](int64_t c) { bin_camera(l, static_cast<int>(c)); });
+            each_rank_chunk([&](int c, int chunk) { fill_tiles(l, c, chunk); });
             team.each(cameras * tiles, [&](int64_t i) {
                 draw_tile(l, in, static_cast<int>(i / tiles), static_cast<int>(i % tiles), out);
             });
@@ -1301,10 +1343,11 @@ void headsplat_count(const void* state, int64_t* counts) {
             const uint64_t* begin = l.tile_begin.data() + c * (tiles + 1) + tile;
             const int32_t* last = l.last.data() + (c * tiles + tile) * TILE_PIXELS;
             for (uint64_t i = begin[0]; i < begin[1]; ++i) {
-                const Splat& s = splats[l.entries[i].rank];
+                const Splat& s = splats[l.entries[l.entry_begin[c] + i].rank];
+                const uint32_t lit = l.lit[l.entry_begin[c] + i];
                 counts[1] += 1;
-                counts[2] += __builtin_popcount(l.lit[i]);
-                for (uint32_t todo = l.lit[i]; todo; todo &= todo - 1) {
+                counts[2] += __builtin_popcount(lit);
+                for (uint32_t todo = lit; todo; todo &= todo - 1) {
                     const int b = __builtin_ctz(todo);
                     const F dy = load(LANES.y) - (s.y - (box.top + 0.5f)) + LANES.block_y[b];
                     const F t = load(LANES.x) - (s.x - (box.left + 0.5f)) + LANES.block_x[b] - s.slope * dy;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && !defined(HEADSPLAT_GENERIC)
 #include <immintrin.h>
 #define HEADSPLAT_AVX512 1
 #endif
