@@ -20,9 +20,16 @@ from avatars.method import Avatar, render
 from avatars.rasterize import Rendering
 from eval.meter import Meter
 from eval.metrics import Pictures
-from eval.protocol import Protocol, choose_timesteps, choose_views, data_hash, frontal_first
+from eval.protocol import (
+    Protocol,
+    choose_timesteps,
+    choose_views,
+    data_hash,
+    frontal_first,
+    write_protocol,
+)
 from eval.provenance import hardware, versions
-from eval.rows import Row, row_folder, write_row
+from eval.rows import Row, protocol_folder, row_folder, write_row
 from eval.sheets import SheetColumn, contact_sheet, save_picture
 
 if TYPE_CHECKING:
@@ -78,7 +85,7 @@ def evaluate(
     """One row a subject: makes the avatar, renders every target, measures, times, keeps a few pictures.
 
     Under `out` each subject gets `<protocol>-<id>/<method>@<checkpoint>/<subject>/` with `sheet.png`, the
-    kept pictures and `row.json`, which is written last.
+    kept pictures and `row.json`, which is written last; `protocol.json` lies at the top.
 
     Args:
         method: the method's name in rows and tables.
@@ -104,6 +111,7 @@ def evaluate(
             f"The protocol {protocol.name} {protocol.id} does not know the subjects {', '.join(unknown)}."
         )
     meter = Meter(protocol.metrics, device)
+    write_protocol(protocol, protocol_folder(out, protocol.name, protocol.id) / "protocol.json")
     rows = []
     for number, subject in enumerate(chosen, start=1):
         if progress is not None:

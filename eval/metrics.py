@@ -22,7 +22,10 @@ from avatars.errors import UserError
 __all__ = [
     "AKD",
     "CSIM",
+    "DEFINITIONS",
     "LPIPS",
+    "LPIPS_SQUEEZE",
+    "LPIPS_VGG",
     "PSNR",
     "PSNR_CAP",
     "PSNR_MASKED",
@@ -124,15 +127,36 @@ SSIM_MASKED = Definition(
     "mean of the SSIM map of the full picture over the pixels whose target mask is at least 0.5; pictures "
     "with an empty mask are left out and counted; mean over pictures",
 )
+LPIPS_TEXT = (
+    "lpips 0.1.4, linear heads v0.1 over torchvision's ImageNet network, pictures scaled from [0, 1] to [-1, 1], "
+    "spatial mean; mean over pictures"
+)
 LPIPS = Definition(
     "lpips",
     "LPIPS (alex)",
     "",
     False,
-    "lpips 0.1.4, linear heads v0.1 over torchvision's ImageNet AlexNet, pictures scaled from [0, 1] to "
-    "[-1, 1], spatial mean; mean over pictures",
+    LPIPS_TEXT,
     "alex",
     (("alexnet-owt-7be5be79.pth", "7be5be79"), ("lpips-v0.1-alex.pth", "df73285e")),
+)
+LPIPS_VGG = Definition(
+    "lpips_vgg",
+    "LPIPS (vgg)",
+    "",
+    False,
+    LPIPS_TEXT,
+    "vgg",
+    (("vgg16-397923af.pth", "397923af"), ("lpips-v0.1-vgg.pth", "a78928a0")),
+)
+LPIPS_SQUEEZE = Definition(
+    "lpips_squeeze",
+    "LPIPS (squeeze)",
+    "",
+    False,
+    LPIPS_TEXT,
+    "squeeze",
+    (("squeezenet1_1-b8a52dc0.pth", "b8a52dc0"), ("lpips-v0.1-squeeze.pth", "4a5350f2")),
 )
 MTCNN_WEIGHTS = (
     ("pnet.pt", "a2a71925e0b9996a"),
@@ -161,6 +185,12 @@ CSIM = Definition(
     "facenet-vggface2",
     (("20180402-114759-vggface2.pt", ""), *MTCNN_WEIGHTS),
 )
+
+DEFINITIONS = {
+    metric.key: metric
+    for metric in (PSNR, SSIM, PSNR_MASKED, SSIM_MASKED, LPIPS, LPIPS_VGG, LPIPS_SQUEEZE, AKD, CSIM)
+}
+"""All metrics that this version can measure, in the order of tables."""
 
 
 @dataclass(frozen=True)

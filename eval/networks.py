@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.hashing import file_sha256
-from eval.metrics import AKD, CSIM, LPIPS, Definition, Pictures
+from eval.metrics import DEFINITIONS, Definition, Pictures
 
 __all__ = [
     "WEIGHTS_VARIABLE",
@@ -33,6 +33,7 @@ __all__ = [
     "available_weights",
     "find_weights",
     "load_judge",
+    "lpips_network",
 ]
 
 WEIGHTS_VARIABLE = "HEADSPLAT_WEIGHTS"
@@ -74,7 +75,9 @@ class Judge:
 
 def available_weights(device: str | torch.device = "cpu") -> Iterator[tuple[str, bool, str]]:
     """Of each network: the metric, whether it can be measured here, and its weights or the reason why not."""
-    for definition in (LPIPS, AKD, CSIM):
+    for definition in DEFINITIONS.values():
+        if definition.network is None:
+            continue
         try:
             judge = load_judge(definition, device)
         except NotAvailable as reason:
@@ -129,7 +132,7 @@ def find_weights(name: str, prefix: str) -> tuple[Path, str]:
 def _lpips(definition: Definition, device: str | torch.device) -> Judge:
     trunk_name, heads_name = definition.weights[0], definition.weights[1]
     path, digest = find_weights(*trunk_name)
-    network, heads_digest = _lpips_network(str(definition.network), path, heads_name[1])
+    network, heads_digest = lpips_network(str(definition.network), path, heads_name[1])
     network.to(device)
 
     @torch.no_grad()
@@ -143,8 +146,20 @@ def _lpips(definition: Definition, device: str | torch.device) -> Judge:
     return Judge(measure, {trunk_name[0]: digest, heads_name[0]: heads_digest})
 
 
-def _lpips_network(net: str, trunk: Path, heads_prefix: str) -> tuple[nn.Module, str]:
-    """The package's network with every trunk weight read from `trunk`, and the sha256 of its linear heads."""
+def lpips_network(net: str, trunk: Path, heads_prefix: str) -> tuple[nn.Module, str]:
+    """The package's network, frozen, with every trunk weight read from a file.
+
+    Args:
+        net: "alex", "vgg" or "squeeze".
+        trunk: torchvision's weights of the whole network.
+        heads_prefix: start of the sha256 that the package's linear heads must have.
+
+    Returns:
+        The network, which takes pictures in [-1, 1], and the sha256 of its linear heads.
+
+    Raises:
+        NotAvailable: the package or a weight is missing.
+    """
     try:
         import lpips
     except ImportError as error:

@@ -7,6 +7,7 @@ were measured on the same pictures in the same way; rows of two ids never share 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,7 +145,11 @@ def data_hash(shards: ShardSet) -> str:
 def write_protocol(protocol: Protocol, path: Path) -> None:
     """Writes the protocol with its id as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"id": protocol.id, **protocol.as_dict()}, indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(
+        json.dumps({"id": protocol.id, **protocol.as_dict()}, indent=1) + "\n", encoding="utf-8"
+    )
+    temporary.replace(path)
 
 
 def read_protocol(path: Path) -> Protocol:

@@ -12,22 +12,14 @@ from pathlib import Path
 from PIL import Image
 
 from avatars.errors import UserError
+from eval.metrics import DEFINITIONS
 from eval.rows import Row, check_one_protocol, mean_values, row_folder
 from eval.sheets import comparison_sheet
 
 __all__ = ["by_protocol", "table", "write_report"]
 
-HEADINGS = {
-    "psnr": ("PSNR", "dB", 2),
-    "ssim": ("SSIM", "", 3),
-    "psnr_masked": ("PSNR in mask", "dB", 2),
-    "ssim_masked": ("SSIM in mask", "", 3),
-    "lpips": ("LPIPS", "", 3),
-    "akd": ("AKD", "px", 2),
-    "csim": ("CSIM", "", 3),
-}
-LOWER_IS_BETTER = ("lpips", "akd")
-SHORT = ("psnr", "ssim", "lpips", "akd", "csim")
+IN_MASK = ("psnr_masked", "ssim_masked")
+DECIMALS = {"psnr": 2, "psnr_masked": 2, "akd": 2}
 
 
 def table(rows: Sequence[Row], *, full: bool = False) -> str:
@@ -46,14 +38,16 @@ def table(rows: Sequence[Row], *, full: bool = False) -> str:
     rows = list(rows)
     check_one_protocol(rows)
     runs = _runs(rows)
-    keys = [key for key in (HEADINGS if full else SHORT) if any(key in row.values for row in rows)]
+    keys = [
+        key for key in _keys(rows) if (full or key not in IN_MASK) and any(key in row.values for row in rows)
+    ]
     lines = [["method", *(_heading(key) for key in keys), "seconds to create", "frames a second"]]
     for (method, checkpoint), mine in runs.items():
         name = method if sum(other == method for other, _ in runs) == 1 else f"{method} {checkpoint}"
         cells = [name]
         for key in keys:
             mean = mean_values(mine, key)
-            cells.append("n/a" if mean is None else f"{mean:.{HEADINGS[key][2]}f}")
+            cells.append("n/a" if mean is None else f"{mean:.{DECIMALS.get(key, 3)}f}")
         cells.append(_rounded(statistics.median(row.create_seconds for row in mine)))
         cells.append(_rounded(statistics.median(row.drive_fps for row in mine)))
         lines.append(cells)
@@ -136,7 +130,8 @@ def _notes(rows: list[Row], runs: dict[tuple[str, str], list[Row]]) -> list[str]
     notes = [f"{rows[0].protocol} {rows[0].protocol_id}: {subjects} subjects, {pictures} pictures a method."]
     machines = sorted({f"{row.hardware}, {row.threads} threads" for row in rows})
     notes.append(f"Timed on {'; '.join(machines)}.")
-    for key, (name, _, _) in HEADINGS.items():
+    for key in _keys(rows):
+        name = DEFINITIONS[key].label if key in DEFINITIONS else key
         reasons = sorted({row.missing[key] for row in rows if key in row.missing})
         if reasons:
             notes.append(f"{name}: {'; '.join(reasons)}.")
@@ -150,9 +145,18 @@ def _notes(rows: list[Row], runs: dict[tuple[str, str], list[Row]]) -> list[str]
     return notes
 
 
+def _keys(rows: list[Row]) -> list[str]:
+    """Metrics that rows have or miss, in the order of `DEFINITIONS`, unknown ones last."""
+    found = dict.fromkeys(key for row in rows for key in (*row.values, *row.missing))
+    return [key for key in DEFINITIONS if key in found] + [key for key in found if key not in DEFINITIONS]
+
+
 def _heading(key: str) -> str:
-    name, unit, _ = HEADINGS[key]
-    return f"{name} {'↓' if key in LOWER_IS_BETTER else '↑'}" + (f" [{unit}]" if unit else "")
+    if key not in DEFINITIONS:
+        return key
+    metric = DEFINITIONS[key]
+    unit = f" [{metric.unit}]" if metric.unit else ""
+    return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}{unit}"
 
 
 def _rounded(value: float) -> str:

@@ -13,7 +13,16 @@ from typing import Any
 from avatars.errors import UserError
 from eval.hashing import short_hash
 
-__all__ = ["Row", "check_one_protocol", "mean_values", "read_row", "read_rows", "row_folder", "write_row"]
+__all__ = [
+    "Row",
+    "check_one_protocol",
+    "mean_values",
+    "protocol_folder",
+    "read_row",
+    "read_rows",
+    "row_folder",
+    "write_row",
+]
 
 SCHEMA = 1
 ROW_FILE = "row.json"
@@ -74,7 +83,12 @@ def row_folder(
 ) -> Path:
     """Where a row and its pictures live under `out`: `<protocol>-<id>/<method>@<checkpoint>/<subject>`."""
     run = f"{_file_name(method)}@{_file_name(checkpoint)}"
-    return out / f"{_file_name(protocol)}-{protocol_id}" / run / _file_name(subject)
+    return protocol_folder(out, protocol, protocol_id) / run / _file_name(subject)
+
+
+def protocol_folder(out: Path, protocol: str, protocol_id: str) -> Path:
+    """Where everything of one protocol lives under `out`."""
+    return out / f"{_file_name(protocol)}-{protocol_id}"
 
 
 def write_row(row: Row, out: Path) -> Path:

@@ -34,6 +34,7 @@ __all__ = ["TrainingRun", "dashboard_command", "flatten", "log_evaluation", "ope
 
 TAG = "headsplat."
 FLUSH_SECONDS = 5.0
+FIRST_WAIT, LONGEST_WAIT = 30.0, 300.0  # seconds between two tries of a store that is away
 METRICS_A_BATCH = 1000  # MLflow's own limits for one request
 PARAMS_A_BATCH = 100
 PARAM_LENGTH = 500
@@ -68,6 +69,10 @@ def open_store(uri: str) -> MlflowClient:
             client = mlflow.MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, SQLAlchemy and HTTP raise their own kinds
+        if "Max retries exceeded" in str(error):
+            raise UserError(
+                f"The tracking server {uri} does not answer. Start it, or unset MLFLOW_TRACKING_URI to use a file."
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The tracking store {uri} cannot be opened: {first[:300]} Check the address, or move the file "
@@ -141,8 +146,8 @@ class TrainingRun:
         self._client: MlflowClient | None = None
         self._waiting: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
         self._last_step: dict[str, int] = {}
-        self._flushed = 0.0
-        self._warned = False
+        self._next_flush = 0.0
+        self._wait = 0.0  # seconds between tries, 0 while the store answers
 
     def __enter__(self) -> TrainingRun:
         client = self._client = open_store(self._uri)
@@ -160,7 +165,7 @@ class TrainingRun:
         note.write_text(json.dumps({"uri": self._uri, "run_id": self.run_id}) + "\n")
         note.replace(self._folder / RUN_FILE)
         self._describe(client)
-        self._flushed = time.monotonic()
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
         return self
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -172,7 +177,8 @@ class TrainingRun:
             if step > self._last_step[key]:
                 self._waiting.append((key, float(value), now, step))
                 self._last_step[key] = step
-        if len(self._waiting) >= METRICS_A_BATCH or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        full = len(self._waiting) >= METRICS_A_BATCH and not self._wait
+        if full or time.monotonic() >= self._next_flush:
             self._try_flush()
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -190,7 +196,6 @@ class TrainingRun:
             with _quiet():
                 client.log_batch(self.run_id, metrics=[Metric(*entry) for entry in batch])
             del self._waiting[: len(batch)]
-        self._flushed = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -224,11 +229,14 @@ class TrainingRun:
     def _try_flush(self) -> None:
         try:
             self.flush()
-            self._warned = False
+            self._wait = 0.0
+            self._next_flush = time.monotonic() + FLUSH_SECONDS
         except Exception as error:
-            self._flushed = time.monotonic()
-            if not self._warned:
-                self._warned = True
+            first = not self._wait
+            # Each try may take a while to fail, so a longer outage is asked after less and less often.
+            self._wait = min(max(2 * self._wait, FIRST_WAIT), LONGEST_WAIT)
+            self._next_flush = time.monotonic() + self._wait
+            if first:
                 print(
                     f"headsplat: the tracking store {self._uri} does not answer ({type(error).__name__}); "
                     "training goes on and the numbers are sent later",
@@ -456,8 +464,10 @@ def _import_quietly() -> Any:
     """mlflow, without telemetry, and without its and alembic's chatter about schemas."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A server that is away is tried for about 15 s rather than for minutes; numbers wait meanwhile.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies, at import
         import mlflow

@@ -14,7 +14,7 @@ from avatars.inputs import InputSet
 from eval.baselines import nearest_input
 from eval.evaluate import Made, evaluate, seconds_a_picture
 from eval.metrics import PSNR, PSNR_CAP, PSNR_MASKED, SSIM
-from eval.protocol import data_hash, frontal_first, head_directions, synthetic_heldout
+from eval.protocol import data_hash, frontal_first, head_directions, read_protocol, synthetic_heldout
 from eval.rows import read_rows, row_folder
 from shards import open_shards
 
@@ -90,6 +90,7 @@ def test_targets_are_expressions_and_cameras_that_were_no_input(heldout, protoco
     assert not {t for t, _ in shown} & set(used["timesteps"])
     assert not {c for _, c in shown} & set(used["camera_ids"])
     free = [target for target in data.targets if target.timestep not in used["timesteps"]]
+    assert read_protocol(tmp_path / f"synthetic-heldout-{protocol.id}" / "protocol.json") == protocol
     assert row.counts == {"pictures": 5 * len(free), "timesteps": len(free), "views": 5}
     assert len(shown) == len(row.pictures) == row.counts["pictures"]
 

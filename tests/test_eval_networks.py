@@ -12,8 +12,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval.meter import Meter
-from eval.metrics import AKD, CSIM, LPIPS, PSNR, PSNR_CAP, PSNR_MASKED, SSIM, Pictures
-from eval.networks import NotAvailable, available_weights, find_weights, load_judge
+from eval.metrics import (
+    AKD,
+    CSIM,
+    LPIPS,
+    LPIPS_SQUEEZE,
+    PSNR,
+    PSNR_CAP,
+    PSNR_MASKED,
+    SSIM,
+    Pictures,
+)
+from eval.networks import NotAvailable, available_weights, find_weights, load_judge, lpips_network
 
 
 @pytest.fixture
@@ -94,6 +104,21 @@ def test_lpips_is_the_formula_with_the_users_trunk(weights_folder, trunk, portra
     assert all(len(digest) == 64 for digest in judge.weights.values())
     with pytest.raises(NotAvailable, match="at least 64 pixels"):
         judge.measure(Pictures(target[..., :40]), Pictures(target[..., :40]))
+
+
+def test_another_trunk_is_the_users_too(weights_folder):
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    features = squeezenet1_1().features
+    state = {f"features.{key}": value for key, value in features.state_dict().items()}
+    definition = given(weights_folder, state, LPIPS_SQUEEZE)
+    x, y = torch.rand(2, 1, 3, 64, 64)
+    (found,) = load_judge(definition).measure(Pictures(x), Pictures(y))
+    network = lpips_network("squeeze", weights_folder / definition.weights[0][0], "")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(network.net(x)[-1], features(x))
+        assert found == pytest.approx(network(2 * x - 1, 2 * y - 1).item(), rel=1e-5)
 
 
 def test_lpips_without_weights_is_not_available(weights_folder, trunk):

@@ -13,7 +13,7 @@ from test_eval_rows import ROW
 from avatars.errors import UserError
 from eval.baselines import nearest_input
 from eval.evaluate import evaluate
-from eval.metrics import AKD, LPIPS, PSNR, SSIM
+from eval.metrics import LPIPS, PSNR, SSIM
 from eval.protocol import synthetic_heldout
 from eval.report import by_protocol, table, write_report
 from eval.rows import row_folder
@@ -70,11 +70,11 @@ def test_the_table_says_what_has_no_number_and_why():
     ]
     rows[1].missing["akd"] = "not available: a face was found in none of the 2 pictures"
     text = table(rows)
-    assert cells(text.splitlines()[0])[1:3] == ["PSNR ↑ [dB]", "AKD ↓ [px]"]
+    assert cells(text.splitlines()[0])[1:3] == ["PSNR ↑ [dB]", "AKD-5 (MTCNN) ↓ [px]"]
     assert cells(text.splitlines()[2])[1:3] == ["21.00", "n/a"]
-    assert "LPIPS: not available: it needs a file." in text
-    assert "AKD: not available: a face was found in none of the 2 pictures." in text
-    assert "AKD: pictures left out, of 4: avat3r 2." in text
+    assert "LPIPS (alex): not available: it needs a file." in text
+    assert "AKD-5 (MTCNN): not available: a face was found in none of the 2 pictures." in text
+    assert "AKD-5 (MTCNN): pictures left out, of 4: avat3r 2." in text
 
 
 def test_checkpoints_of_one_method_are_told_apart():
@@ -170,7 +170,7 @@ def test_the_page_holds_everything_itself(evaluated, tmp_path):
     assert len(parsed.images) == 1 + len(rows)
     assert all(image["src"].startswith("data:image/jpeg;base64,") and image["alt"] for image in parsed.images)
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
-    assert "LPIPS: not available" in text
+    assert "LPIPS (alex): not available" in text
     markdown = (tmp_path / "report" / "report.md").read_text()
     (name,) = re.findall(r"\((comparison-\w+\.png)\)", markdown)
     with Image.open(tmp_path / "report" / name) as image:
@@ -215,5 +215,7 @@ def test_a_saved_picture_is_the_picture(tmp_path):
     np.testing.assert_array_equal(pixels, (picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def test_labels_name_the_network():
-    assert {LPIPS.label, AKD.label} == {"LPIPS (alex)", "AKD-5 (MTCNN)"}
+def test_a_metric_of_somebodys_own_has_its_column():
+    text = table([replace(ROW, values={"psnr": 20.0, "sharpness": 0.25})])
+    assert cells(text.splitlines()[0])[1:3] == ["PSNR ↑ [dB]", "sharpness"]
+    assert cells(text.splitlines()[2])[1:3] == ["20.00", "0.250"]

@@ -241,6 +241,12 @@ def test_an_address_that_is_no_store_is_refused(address):
         open_store(address)
 
 
+def test_a_server_that_is_away_is_said_in_one_sentence(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"The tracking server http://127\.0\.0\.1:9 does not answer"):
+        open_store("http://127.0.0.1:9")
+
+
 def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database " * 100)
     with pytest.raises(UserError, match="cannot be opened"):

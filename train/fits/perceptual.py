@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from eval.networks import NotAvailable, _lpips_network, find_weights
+from eval.networks import NotAvailable, find_weights, lpips_network
 
 __all__ = ["load_lpips"]
 
@@ -21,6 +21,6 @@ def load_lpips() -> tuple[nn.Module | None, str]:
     """
     try:
         weights, _ = find_weights(*VGG16)
-        return _lpips_network("vgg", weights, "")[0], ""
+        return lpips_network("vgg", weights, "")[0], ""
     except NotAvailable as reason:
         return None, str(reason)
