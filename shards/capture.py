@@ -124,14 +124,19 @@ def read_capture(path: str | Path) -> Capture:
         from shards.readers.vhap import VhapCapture
 
         return VhapCapture(path)
+    if (path / "imgs").is_dir():
+        from shards.readers.metrical import MetricalCapture
+
+        return MetricalCapture(path)
     if path.resolve().parent.name == "sequences":
         from shards.readers.nersemble import NersembleV1Capture, NersembleVideoCapture
 
         layout = NersembleVideoCapture if (path / "images").is_dir() else NersembleV1Capture
         return layout(path.resolve())
     raise UserError(
-        f"{path} is not a capture: it holds no capture.json (synthetic), no decoder folder (Ava-256) and no"
-        " transforms.json (VHAP), and is no sequence of NeRSemble (<participant>/sequences/<sequence>)."
+        f"{path} is not a capture: it holds no capture.json (synthetic), no decoder folder (Ava-256), no"
+        " transforms.json (VHAP) and no imgs (metrical-tracker), and is no sequence of NeRSemble"
+        " (<participant>/sequences/<sequence>)."
         " A synthetic capture without it was not finished: run `headsplat synth` again."
     )
 

@@ -254,6 +254,9 @@ def _check_sample(
             codes, names = [described["expression"]], [f"{i:03d}" for i in range(len(cameras))]
             views[int(key.split("-")[1])] = len(cameras)
             seen.timesteps[shard.subject][described["timestep"]] += 1
+            for name, count in Counter(camera["camera"] for camera in cameras).items():
+                if count > 1:
+                    yield Finding("error", where, f"has the camera {name} {count} times.")
         else:
             cameras = described["pictures"]
             codes, names = (
@@ -304,9 +307,6 @@ def _check_cameras(manifest: Manifest, where: str, cameras: list[Any]) -> Iterat
     K = np.array([camera["K"] for camera in cameras], np.float64).reshape(-1, 3, 3)
     poses = np.array([camera["world_to_camera"] for camera in cameras], np.float64).reshape(-1, 4, 4)
     names = [str(camera["camera"]) for camera in cameras]
-    for name, count in Counter(names).items():
-        if count > 1:
-            yield Finding("error", where, f"has the camera {name} {count} times.")
     try:
         check_matrices(K, poses, "it")
     except UserError as error:

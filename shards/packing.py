@@ -240,10 +240,11 @@ def _input_set(
     matrices = [capture.camera_matrices(t)[1] for t in timesteps]
     directions = np.stack([view_directions(m) for m in matrices])
     allowed = _input_cameras(directions, settings)
+    repeat = len(capture.camera_ids) < len(timesteps)  # one camera's video: the head turns instead
     pictures: dict[int, _Picture] = {}
     while len(pictures) < len(timesteps):  # a dropped frame bars that camera at that timestep; draw again
         try:
-            cameras = k_farthest(directions, len(timesteps), settings.k, draws, allowed)
+            cameras = k_farthest(directions, len(timesteps), settings.k, draws, allowed, repeat)
         except ValueError:
             raise UserError(
                 f"{capture.capture_id}: too few pictures for an input set at timesteps"
@@ -463,12 +464,6 @@ def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
                 f"{capture.capture_id} has {len(capture.timestep_ids)} timesteps; {settings.n_inputs} input"
                 " timesteps"
                 " and a target need at least one more. Record more, or lower n_inputs."
-            )
-        if len(capture.camera_ids) < settings.n_inputs:
-            raise UserError(
-                f"{capture.capture_id} has {len(capture.camera_ids)} cameras; an input set takes"
-                f" {settings.n_inputs}"
-                " different ones. Lower n_inputs."
             )
         if settings.prior == "depth" and not capture.has_depth:
             raise UserError(

@@ -27,9 +27,14 @@ def facing(directions: ArrayLike, max_degrees: float) -> NDArray[np.bool_]:
 
 
 def k_farthest(
-    directions: ArrayLike, count: int, k: int, draws: Draws, allowed: ArrayLike | None = None
+    directions: ArrayLike,
+    count: int,
+    k: int,
+    draws: Draws,
+    allowed: ArrayLike | None = None,
+    repeat: bool = False,
 ) -> list[int]:
-    """Draws `count` different cameras that look from well spread directions.
+    """Draws `count` cameras, different ones unless told otherwise, that look from well spread directions.
 
     The first is drawn uniformly. Each further one is drawn uniformly among the `k` cameras whose smallest
     angle to those chosen so far is largest, so `k=1` is farthest-point sampling and a large `k` is uniform
@@ -42,6 +47,7 @@ def k_farthest(
         k: how many of the farthest cameras to draw among.
         draws: the source of randomness.
         allowed: (V,) or (count, V) which cameras may be drawn; all when None.
+        repeat: whether a camera may be drawn again, for heads that turn before few cameras.
 
     Returns:
         Indices of the cameras in the order drawn.
@@ -55,7 +61,7 @@ def k_farthest(
     usable = np.broadcast_to(usable, towards.shape[:2])
     chosen: list[int] = []
     for i in range(count):
-        free = [v for v in np.flatnonzero(usable[i]).tolist() if v not in chosen]
+        free = [v for v in np.flatnonzero(usable[i]).tolist() if repeat or v not in chosen]
         if not free:
             raise ValueError(f"only {i} of {count} cameras could be drawn: too few are allowed")
         if chosen:
