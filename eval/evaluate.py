@@ -196,7 +196,7 @@ def _evaluate_subject(
     kept = _pictures_to_keep(len(timesteps), frontal_first(first.cameras[chosen]))
     measured: list[dict[str, float | None]] = []
     pictures: list[dict[str, Any]] = []
-    columns: list[SheetColumn] = []
+    columns: dict[int, SheetColumn] = {}  # by rank among the kept pictures
     background = torch.tensor(protocol.background)
     for position, timestep in enumerate(timesteps):
         target = data.targets[timestep]
@@ -218,16 +218,13 @@ def _evaluate_subject(
         for index, view in enumerate(views):
             camera = target.camera_ids[view]
             entry: dict[str, Any] = {"timestep": target.timestep, "camera": camera, **values[index]}
-            if (position, camera_ids.index(camera)) in kept:
-                entry["file"] = f"{len(columns):02d}"
-                columns.append(
-                    SheetColumn(
-                        truth.tensor[index],
-                        prediction.tensor[index],
-                        f"t {target.timestep} · {camera}",
-                        values[index].get("psnr"),
-                    )
-                )
+            place = (position, camera_ids.index(camera))
+            if place in kept:
+                rank = kept.index(place)
+                entry["file"] = f"{rank:02d}"
+                label = f"t {target.timestep} · {camera}"
+                psnr = values[index].get("psnr")
+                columns[rank] = SheetColumn(truth.tensor[index], prediction.tensor[index], label, psnr)
             pictures.append(entry)
     frontal = first.cameras[frontal_first(first.cameras)[0]].to(device=device)
     seconds = seconds_a_picture(avatar, first.expression.to(device), frontal, protocol.size)
@@ -306,8 +303,10 @@ def _over(images: Tensor, masks: Tensor, background: Tensor) -> Tensor:
     )
 
 
-def _pictures_to_keep(timesteps: int, frontal: list[int]) -> set[tuple[int, int]]:
+def _pictures_to_keep(timesteps: int, frontal: list[int]) -> list[tuple[int, int]]:
     """(timestep, view) positions for the sheets: timesteps at even stride, the most frontal views in turn.
+
+    The first is the most frontal of all.
 
     The rule knows nothing of the method, so the sheets of all methods show the same pictures.
 
@@ -317,19 +316,20 @@ def _pictures_to_keep(timesteps: int, frontal: list[int]) -> set[tuple[int, int]
     """
     count = min(PICTURES_KEPT, timesteps * len(frontal))
     if timesteps < count:
-        return {(i % timesteps, frontal[i // timesteps]) for i in range(count)}
-    return {(i * timesteps // count, frontal[i % len(frontal)]) for i in range(count)}
+        return [(i % timesteps, frontal[i // timesteps]) for i in range(count)]
+    return [(i * timesteps // count, frontal[i % len(frontal)]) for i in range(count)]
 
 
-def _save_pictures(folder: Path, row: Row, inputs: InputSet, columns: list[SheetColumn]) -> None:
+def _save_pictures(folder: Path, row: Row, inputs: InputSet, columns: dict[int, SheetColumn]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(inputs.images):
         save_picture(image, folder / f"input-{index:02d}.png")
-    for index, column in enumerate(columns):
+    for index, column in columns.items():
         save_picture(column.target, folder / f"{index:02d}-target.png")
         save_picture(column.prediction, folder / f"{index:02d}-prediction.png")
     used = inputs.provenance
     labels = [f"t {t} · {c}" for t, c in zip(used["timesteps"], used["camera_ids"], strict=True)]
     title = " · ".join(part for part in (row.method, row.checkpoint, row.subject) if part != "none")
     note = f"{row.protocol} {row.protocol_id}"
-    contact_sheet(list(inputs.images), labels, columns, title=title, note=note).save(folder / "sheet.png")
+    shown = [columns[rank] for rank in sorted(columns)]
+    contact_sheet(list(inputs.images), labels, shown, title=title, note=note).save(folder / "sheet.png")

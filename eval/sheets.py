@@ -136,7 +136,7 @@ def comparison_sheet(
         for column, run in enumerate(runs, start=2):
             row = by_run[run][subject]
             folder = row_folder(out, row.method, row.checkpoint, subject, row.protocol, row.protocol_id)
-            shown = [entry for entry in row.pictures if "file" in entry]
+            shown = sorted((e for e in row.pictures if "file" in e), key=lambda e: str(e["file"]))
             entry = shown[index % len(shown)]
             if column == 2:
                 inputs = sorted(folder.glob("input-*.png"))
