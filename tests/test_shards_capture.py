@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_captures import write_tiny_capture
 
 from avatars.errors import UserError
@@ -56,6 +57,23 @@ def test_depth_and_pictures_agree_with_the_geometry(folder):
         on_head = points[0][:, torch.from_numpy(view.depth > 0)]
         assert on_head.abs().amax(1).lt(torch.tensor([0.085, 0.131, 0.1])).all()
     assert capture.view(0, 0, depth=False).depth is None
+
+
+def test_a_known_background_is_taken_out_of_the_outline(folder):
+    background = np.array([0.010, 0.012, 0.050])  # linear
+    before = read_capture(folder).view(0, 0)
+    coverage = before.mask[..., None] / 255
+    linear = np.where(
+        before.image <= 10, before.image / 255 / 12.92, ((before.image / 255 + 0.055) / 1.055) ** 2.4
+    )
+    shot = linear + (1 - coverage) * background
+    encoded = np.where(shot <= 0.0031308, shot * 12.92, 1.055 * shot ** (1 / 2.4) - 0.055)
+    Image.fromarray(np.round(encoded * 255).astype(np.uint8)).save(folder / "image/00000/c00.png")
+    capture = read_capture(edited(folder, lambda c: c.__setitem__("background_linear", background.tolist())))
+    after = capture.view(0, 0).image
+    assert ((before.mask > 0) & (before.mask < 255)).sum() > 20
+    assert np.abs(after.astype(int) - before.image).max() <= 2
+    assert (after[before.mask == 0] == 0).all()
 
 
 @pytest.mark.parametrize(

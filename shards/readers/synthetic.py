@@ -82,6 +82,7 @@ class SyntheticCapture(Capture):
         if head is not None:
             self.head = str(head["model"])
             self.identity = np.array(head["identity"], np.float32)
+        self._background = np.array(description.get("background_linear", [0, 0, 0]), np.float64).reshape(3)
         self._depth_unit = float(description["depth_unit"])
         self.has_depth = (self.path / "depth").is_dir()
 
@@ -98,8 +99,20 @@ class SyntheticCapture(Capture):
         if depth and self.has_depth:
             stored = read_picture(self.path / "depth" / name, "I;16", self.size)
             z = stored.astype(np.float32) * np.float32(self._depth_unit)
-        return View(
-            image=read_picture(self.path / "image" / name, "RGB", self.size),
-            mask=read_picture(self.path / "mask" / name, "L", self.size),
-            depth=z,
-        )
+        image = read_picture(self.path / "image" / name, "RGB", self.size)
+        mask = read_picture(self.path / "mask" / name, "L", self.size)
+        return View(image=_over_black(image, mask, self._background), mask=mask, depth=z)
+
+
+def _over_black(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], background: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Takes the background's light, added in linear colour, out of a picture (H, W, 3)."""
+    image = image * (mask > 0)[..., None]
+    outline = (mask > 0) & (mask < 255)
+    encoded = image[outline] / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear - (1 - mask[outline, None] / 255) * background, 0, 1)
+    encoded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    image[outline] = np.round(encoded * 255).astype(np.uint8)
+    return image
