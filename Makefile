@@ -39,10 +39,10 @@ $(VENV)/ready: constraints.txt pyproject.toml
 setup: $(VENV)/ready ## the virtual environment, with pinned dependencies
 
 demo: setup ## the whole story without data and without a GPU: captures to compared avatars
-	$(HEADSPLAT) demo $(RECIPE) $(COMMON) $(DEMO) $(call given,PORT,--port) $(if $(ARGS),--args "$(ARGS)")
+	$(HEADSPLAT) demo $(RECIPE) $(COMMON) $(DEMO) $(call given,PORT,--port) $(if $(ARGS),--args="$(ARGS)")
 
 train: setup ## trains RECIPE on NODES hosts, then evaluates on held-out people
-	$(HEADSPLAT) launch $(RECIPE) --nodes $(NODES) $(COMMON) $(DEMO) $(call given,HOSTFILE,--hostfile) $(call given,PORT,--port) $(call given,RUN,--run) $(if $(ARGS),--args "$(ARGS)")
+	$(HEADSPLAT) launch $(RECIPE) --nodes $(NODES) $(COMMON) $(DEMO) $(call given,HOSTFILE,--hostfile) $(call given,PORT,--port) $(call given,RUN,--run) $(if $(ARGS),--args="$(ARGS)")
 
 fit: setup ## fits METHOD to held-out people on Ray
 	$(HEADSPLAT) fit $(METHOD) $(COMMON) $(DEMO) $(ARGS)

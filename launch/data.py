@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,17 @@ from launch.workspace import Workspace
 if TYPE_CHECKING:
     from shards import Manifest
 
-__all__ = ["DEMO", "DemoCaptures", "check", "demo_shards", "info", "pack", "shards_for", "synth"]
+__all__ = [
+    "DEMO",
+    "DemoCaptures",
+    "check",
+    "demo_shards",
+    "info",
+    "pack",
+    "shards_for",
+    "shards_there",
+    "synth",
+]
 
 
 @dataclass(frozen=True)
@@ -182,31 +192,53 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
         size: side of the packed pictures in pixels.
         demo: how much to make.
     """
+    from eval.hashing import short_hash
     from shards.synth import synthesize
 
-    out = workspace.shards / f"demo-{size}"
+    # Other amounts than the default have a folder of their own, so that what is there is always what was asked for.
+    name = f"demo-{size}" + ("" if demo == DEMO else f"-{short_hash(asdict(demo), 6)}")
+    out = workspace.shards / name
     if (out / "manifest.json").is_file():
         return out
     print(
         f"Making {demo.subjects} synthetic people, {demo.timesteps} expressions x {demo.views} views each",
         flush=True,
     )
+    captures = workspace.captures / name
     synthesize(
-        workspace.captures,
+        captures,
         subjects=demo.subjects,
         timesteps=demo.timesteps,
         views=demo.views,
         size=max(demo.size, size),
         seed=demo.seed,
     )
-    pack_folder(
-        PackOptions(workspace.captures, out, size=size, heldout=demo.heldout, input_sets=demo.input_sets)
-    )
+    pack_folder(PackOptions(captures, out, size=size, heldout=demo.heldout, input_sets=demo.input_sets))
     return out
 
 
+def shards_there(data: Path | None, workspace: Workspace) -> Path | None:
+    """The shards given, or the only ones in the workspace, or None where it has none.
+
+    Raises:
+        UserError: `data` is no folder of shards, or the workspace has several to choose from.
+    """
+    from shards import Manifest
+
+    if data is None:
+        found = sorted(manifest.parent for manifest in workspace.shards.glob("*/manifest.json"))
+        if len(found) > 1:
+            names = ", ".join(str(folder) for folder in found)
+            raise UserError(
+                f"There are several folders of shards: {names}. Name one with --data (DATA= for make)."
+            )
+        return found[0] if found else None
+    Manifest.load(data)
+    return data
+
+
 def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
-    """The shards that a command works on: the ones given, or the demo's.
+    """The shards that a training works on: the ones given, or the demo's.
 
     Args:
         data: folder of packed shards, or None.
@@ -219,7 +251,7 @@ def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCap
     """
     from shards import Manifest
 
-    if data is not None:
-        Manifest.load(data)  # says what is wrong before anything starts
-        return data
-    return demo_shards(workspace, size, demo)
+    if data is None:
+        return demo_shards(workspace, size, demo)
+    Manifest.load(data)  # says what is wrong before anything starts
+    return data

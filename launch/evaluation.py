@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from avatars.errors import UserError
+from launch.data import shards_there
 from launch.options import parse
 from launch.workspace import Workspace
 
@@ -102,10 +103,11 @@ def measure(
 
 def show_table(rows: list[Row], workspace: Workspace) -> None:
     """The comparison on the terminal, and where to look next."""
-    from eval.report import table
+    from eval.report import by_protocol, table
 
-    print()
-    print(table(rows))
+    for rows_of_one in by_protocol(rows).values():
+        print()
+        print(table(rows_of_one))
     print(
         f"\nRows and pictures: {workspace.results}    Compare in the browser: make dashboard OUT={workspace.root}"
     )
@@ -129,30 +131,16 @@ def evaluate(words: list[str]) -> None:
     """`headsplat eval METHOD`."""
     options = parse(EvalOptions, words, "eval")
     workspace = Workspace(options.out)
-    shards = existing_shards(options.data, workspace)
+    shards = shards_there(options.data, workspace)
+    if shards is None:
+        raise UserError(
+            f"{workspace.shards} holds no packed shards. Name a folder with --data (DATA= for make)."
+        )
     if options.method == "avat3r":
         rows = evaluate_training(workspace.run(options.run), shards, workspace)
     else:
         rows = evaluate_fits(options.method, shards, workspace)
     show_table(rows, workspace)
-
-
-def existing_shards(data: Path | None, workspace: Workspace) -> Path:
-    """The shards given, or the only ones in the workspace.
-
-    Raises:
-        UserError: there are none, or several to choose from.
-    """
-    from shards import Manifest
-
-    if data is None:
-        found = sorted(m.parent for m in workspace.shards.glob("*/manifest.json"))
-        if len(found) != 1:
-            what = "no packed shards" if not found else f"several: {', '.join(f.name for f in found)}"
-            raise UserError(f"{workspace.shards} holds {what}. Name a folder with --data (DATA= for make).")
-        data = found[0]
-    Manifest.load(data)
-    return data
 
 
 @dataclass(frozen=True)

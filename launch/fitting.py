@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from avatars.errors import UserError
-from launch.data import DEMO, DemoCaptures, shards_for
+from launch.data import DEMO, DemoCaptures, demo_shards, shards_there
 from launch.options import parse
 from launch.workspace import Workspace
 
@@ -29,7 +29,7 @@ class FitOptions:
     """Folder of packed shards; the demo's by default, made when they are not there."""
     out: Path = Path("work")
     """Folder of fits and results."""
-    size: int = 96
+    size: int = 128
     """Side of the pictures in pixels, where demo captures are made."""
     demo: DemoCaptures = DEMO
     """What to make when no data are given."""
@@ -41,7 +41,7 @@ def fit(words: list[str]) -> int:
 
     options = parse(FitOptions, words, "fit")
     workspace = Workspace(options.out)
-    shards = shards_for(options.data, workspace, options.size, options.demo)
+    shards = shards_there(options.data, workspace) or demo_shards(workspace, options.size, options.demo)
     run_fits(options, shards, workspace)
     show_table(evaluate_fits(options.method, shards, workspace), workspace)
     return 0

@@ -23,6 +23,6 @@ def parse(options: type[Options], words: list[str], command: str, default: Optio
     """
     import tyro
 
-    given = {} if default is None else {"default": default}
-    parsed: Options = tyro.cli(options, args=words, prog=f"headsplat {command}", **given)
-    return parsed
+    if default is None:
+        return tyro.cli(options, args=words, prog=f"headsplat {command}")
+    return tyro.cli(options, args=words, prog=f"headsplat {command}", default=default)

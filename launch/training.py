@@ -155,6 +155,9 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     Raises:
         UserError: a check failed, or the training ended without finishing.
     """
+    from shards import Manifest
+    from train.tasks.avat3r import Avat3rTask
+
     config = find_recipe(options.recipe)
     check_hosts(options.nodes, options.hostfile)
     port = free_port(options.port)
@@ -162,13 +165,10 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     run = workspace.run(options.run or options.recipe)
     # Wrong overrides are told here once, not by every rank after minutes of preparing data.
     overrides = shlex.split(options.args)
-    parse(
-        TrainOptions,
-        overrides,
-        f"train {options.recipe}",
-        TrainOptions(config=config, data=Path(), run=Path()),
-    )
+    given = TrainOptions(config=config, data=Path(), run=Path())
+    config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
     shards = shards_for(options.data, workspace, config.model.size, options.demo)
+    Avat3rTask(config.model, config.loss).check(Manifest.load(shards))
     command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
     status = subprocess.run(command, env=rank_environment()).returncode
     if status != 0:

@@ -1,5 +1,6 @@
 """The command line and the checks before a rank starts."""
 
+import shutil
 import socket
 
 import pytest
@@ -52,8 +53,9 @@ def test_an_unknown_override_names_the_nearest(capsys):
 
 def test_an_unknown_override_is_told_before_data_are_made(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        main(["launch", "avat3r-tiny", "--out", str(tmp_path), "--args", "--optimizer.lrr 1"])
+        main(["launch", "avat3r-tiny", "--out", str(tmp_path), "--args=--optimizer.lrr 1"])
     assert stop.value.code == 2
+    assert "--optimizer.lr" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -93,5 +95,45 @@ def test_a_recipe_is_what_it_is_called(name):
 
 
 def test_a_recipe_prints_its_whole_configuration(capsys):
-    assert main(["train", "avat3r-tiny", "--print-config", "--model.width", "96"]) == 0
-    assert '"width": 96' in capsys.readouterr().out
+    assert main(["train", "avat3r-tiny", "--print-config", "--model.width", "128"]) == 0
+    assert '"width": 128' in capsys.readouterr().out
+
+
+def refused_before_a_rank_starts(capsys, tmp_path, *words):
+    status = main(["launch", "avat3r-tiny", "--out", str(tmp_path / "out"), *words])
+    assert status == 1
+    assert not (tmp_path / "out" / "runs").exists()
+    error = capsys.readouterr().err
+    assert error.startswith("headsplat: ")
+    return error
+
+
+def test_data_without_a_manifest(capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    error = refused_before_a_rank_starts(capsys, tmp_path, "--data", str(tmp_path / "data"))
+    assert "headsplat shards pack" in error
+
+
+def test_a_shard_cut_short(capsys, tmp_path, tiny_shards):
+    shutil.copytree(tiny_shards, tmp_path / "data")
+    tar = sorted((tmp_path / "data").glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:-2000])
+    error = refused_before_a_rank_starts(capsys, tmp_path, "--data", str(tmp_path / "data"))
+    assert tar.name in error
+
+
+def test_a_port_in_use_starts_nothing(capsys, tmp_path, tiny_shards):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = refused_before_a_rank_starts(capsys, tmp_path, "--data", str(tiny_shards), "--port", port)
+    assert f"PORT={port}" in error
+
+
+def test_pictures_of_another_size_than_the_recipes(capsys, tmp_path, tiny_shards):
+    error = refused_before_a_rank_starts(
+        capsys, tmp_path, "--data", str(tiny_shards), "--args=--model.size 96"
+    )
+    assert "48" in error
+    assert "96" in error

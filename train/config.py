@@ -63,8 +63,6 @@ class DataConfig:
     """Examples a rank computes at once."""
     views: int = 8
     """Target views of an example."""
-    input_views: int = 4
-    """Pictures of an input set."""
     seed: int = 0
     """Seed of the plan."""
 

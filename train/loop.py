@@ -60,7 +60,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    manifest = readable(data)
+    manifest = usable(data, task)
     fingerprint = manifest.fingerprint
     stop = StopSignal()
 
@@ -141,14 +141,16 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         dist.barrier()
 
 
-def readable(data: Path) -> Manifest:
-    """The shards' manifest.
+def usable(data: Path, task: Task) -> Manifest:
+    """The shards' manifest, when the task can be trained on them.
 
     Raises:
-        SharedFailure: it cannot be used. Every rank reads it and finds the same.
+        SharedFailure: it cannot. Every rank looks and finds the same.
     """
     try:
-        return Manifest.load(data)
+        manifest = Manifest.load(data)
+        task.check(manifest)
+        return manifest
     except UserError as error:
         raise SharedFailure(str(error)) from error
 

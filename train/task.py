@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from shards import Manifest
+
 __all__ = ["Batch", "Task"]
 
 Batch = dict[str, Any]
@@ -16,6 +18,14 @@ class Task(Protocol):
     """A model, its loss and how it is written out."""
 
     name: str
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuses shards that the network cannot be trained on.
+
+        Raises:
+            UserError: naming what does not fit and what to change.
+        """
+        ...
 
     def build(self) -> nn.Module:
         """A module whose `forward(batch)` returns the loss and its parts as scalars, ready for DeepSpeed."""

@@ -64,6 +64,9 @@ class FlashAvatarFitConfig:
     anchor_weight: float = 0.0
     """Pull towards the start of everything that is learned (ours): a side that no picture shows keeps its
     first look instead of drifting with the optimiser's noise."""
+    expression_dropout: float = 0.0
+    """How often a step hides the expression from the offset network (ours). Where every picture has another
+    expression, the network could otherwise explain each picture by itself and learn nothing about the head."""
 
     sh_every: int = 500
     """Steps between degrees of spherical harmonics."""
@@ -245,7 +248,10 @@ class FlashAvatarFit:
     def _losses(self, picture: int, background: Tensor) -> dict[str, Tensor]:
         config, inputs = self.config, self.inputs
         degree = min(config.model.sh_degree, self.step // config.sh_every)
-        gaussians = self.model.deform(self.centers[picture], inputs.expressions[picture], degree)
+        expression = inputs.expressions[picture]
+        if config.expression_dropout and torch.rand((), generator=self.generator) < config.expression_dropout:
+            expression = torch.zeros_like(expression)
+        gaussians = self.model.deform(self.centers[picture], expression, degree)
         rendered = rasterize(gaussians, inputs.cameras[picture], inputs.size, background).image
         mask = inputs.masks[picture : picture + 1]
         target = inputs.images[picture : picture + 1] + (1 - mask) * background[:, None, None]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from avatars.avat3r import Avat3r, Avat3rConfig, Views
 from avatars.cameras import Cameras
+from avatars.errors import UserError
 from avatars.rasterize import rasterize
+from shards import Manifest
 from train.config import LossConfig
 from train.losses import picture_loss
 from train.task import Batch
@@ -67,6 +69,33 @@ class Avat3rTask:
     def __init__(self, config: Avat3rConfig, loss: LossConfig) -> None:
         self.config = config
         self.loss = loss
+
+    def check(self, manifest: Manifest) -> None:
+        """Pictures and expression codes must be of the network's size, and priors there if it needs them.
+
+        Raises:
+            UserError: one of them is not.
+        """
+        config, settings = self.config, manifest.settings
+        if settings.size != config.size:
+            raise UserError(
+                f"{manifest.folder} holds pictures of {settings.size} px and the recipe's --model.size is "
+                f"{config.size}; change one of them (`headsplat shards pack --size`)."
+            )
+        if manifest.expression_length != config.expression_dim:
+            raise UserError(
+                f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers "
+                f"and the recipe's --model.expression-dim is {config.expression_dim}."
+            )
+        if config.position_prior and settings.prior == "none":
+            raise UserError(
+                f"{manifest.folder} was packed without position maps and the recipe needs them; pack it with a prior."
+            )
+        if config.feature_dim:
+            raise UserError(
+                f"{manifest.folder} was packed without semantic features and the recipe's --model.feature-dim is "
+                f"{config.feature_dim}; set it to 0."
+            )
 
     def build(self) -> nn.Module:
         """The network with its loss."""
