@@ -248,12 +248,12 @@ def test_depth_buffer_agrees_with_a_ray_for_every_pixel():
     points = rng.uniform(-2, 34, (60, 3)).astype(np.float32)
     faces = rng.integers(0, 60, (40, 3)).astype(np.int32)
     buffer, triangle = np.full((32, 32), -1e9, np.float32), np.full((32, 32), -1, np.int32)
-    depth_buffer(points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy(), faces, 0, buffer, triangle)
+    depth_buffer(points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy(), faces, len(faces), 0.0, buffer, triangle)
     expected = np.full((32, 32), -1e9)
     y, x = np.mgrid[:32, :32] + 0.5
     for a, b, c in points[faces].astype(float):
         matrix = np.array([[a[0], b[0], c[0]], [a[1], b[1], c[1]], [1, 1, 1]])
-        if abs(np.linalg.det(matrix)) < 1e-9:
+        if np.linalg.det(matrix) > -1e-9:  # seen from behind
             continue
         w = np.linalg.solve(matrix, np.stack([x.ravel(), y.ravel(), np.ones(1024)]))
         near = (w * np.array([a[2], b[2], c[2]])[:, None]).sum(0)

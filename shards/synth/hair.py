@@ -112,10 +112,10 @@ def grow(
     bary = rng.dirichlet([1, 1, 1], len(pick))
     place = (bary[..., None] * corners[pick]).sum(axis=1)
     above = hairline(place) - hairline_shift
-    keep = rng.random(len(pick)) < smoothstep(-0.004, 0.008, above)
-    pick, bary, place, above = (a[keep][: style.locks] for a in (pick, bary, place, above))
+    keep = np.flatnonzero(rng.random(len(pick)) < smoothstep(-0.004, 0.008, above))[: style.locks]
+    pick, bary, place, above = pick[keep], bary[keep], place[keep], above[keep]
 
-    normals = vertex_normals(neutral, faces)
+    normals = vertex_normals(neutral, faces).astype(float)
     root = (bary[..., None] * neutral[candidates[pick]]).sum(axis=1)
     normal = _unit((bary[..., None] * normals[candidates[pick]]).sum(axis=1))
     n, steps = len(root), style.segments

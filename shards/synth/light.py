@@ -126,7 +126,7 @@ def bake(
             (points @ right + np.float32(SHADOW_HALF)) * scale,
             (np.float32(SHADOW_HALF) - points @ up) * scale,
         )
-        depth_buffer(x, y, points @ d, faces, 0, buffer, triangle)
+        depth_buffer(x, y, points @ d, faces, 0, 0.02, buffer, triangle)
         visibility(points, right, up, d, SHADOW_HALF, buffer, 0.004, seen)
         seen[n_head:] = 0.25 + 0.75 * seen[n_head:]  # a lock hides what is behind it only in part
         cosine = (normals @ d)[:, None]

@@ -24,7 +24,7 @@ SKIN, EYE, WET, TEETH, HAIR, CLOTH = 0, 1, 2, 3, 4, 5
 
 @numba.njit(cache=True, fastmath=True, boundscheck=False)
 def depth_buffer(
-    x: Floats, y: Floats, nearness: Floats, faces: Ints, culled: int, buffer: Floats, triangle: Ints
+    x: Floats, y: Floats, nearness: Floats, faces: Ints, culled: int, margin: float, buffer: Floats, triangle: Ints
 ) -> None:
     """Rasterize triangles into `buffer` (largest nearness wins) and `triangle` (its index), both (H, W).
 
@@ -33,7 +33,9 @@ def depth_buffer(
         y: (V,) row in pixels; pixel (i, j) is sampled at (j + 0.5, i + 0.5).
         nearness: (V,) anything linear on the screen that grows towards the viewer: 1/z, or −z when orthographic.
         faces: (F, 3).
-        culled: the first `culled` triangles are drawn only where they face the viewer.
+        culled: the first `culled` triangles are drawn only where they face the viewer. Those after it are locks of
+            hair: one whose three corners all lie deeper than `margin` behind what is drawn so far is skipped.
+        margin: a nearness.
         buffer: cleared by the caller to less than any nearness.
         triangle: cleared by the caller to −1.
     """
@@ -53,6 +55,16 @@ def depth_buffer(
         bottom = min(height - 1, math.floor(max(y0, y0 + uy, y0 + vy) - 0.5))
         if left > right or top > bottom:
             continue
+        if t >= culled:
+            hidden = True
+            for k in range(3):
+                v = faces[t, k]
+                i, j = min(max(int(y[v]), 0), height - 1), min(max(int(x[v]), 0), width - 1)
+                if buffer[i, j] < nearness[v] + margin:
+                    hidden = False
+                    break
+            if hidden:
+                continue
         inverse = 1.0 / area
         n0 = nearness[a]
         n1, n2 = nearness[b] - n0, nearness[c] - n0

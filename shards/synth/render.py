@@ -28,6 +28,7 @@ class Picture:
 _LINEAR = np.linspace(0, 1, 4096)
 _SRGB = np.where(_LINEAR <= 0.0031308, 12.92 * _LINEAR, 1.055 * _LINEAR ** (1 / 2.4) - 0.055)
 _TABLE = np.round(_SRGB * 255).astype(np.uint8)
+HIDDEN = 0.012  # of 1/z: hair 1.5 cm behind something else, seen from a metre, is not drawn
 BACKGROUND = np.array([0.010, 0.010, 0.012], np.float32)  # linear
 
 
@@ -51,7 +52,7 @@ def render(posed: Posed, K: Array, world_to_camera: Array, size: int, *, samples
     y = (camera[:, 1] * inverse * np.float32(K[1, 1]) + np.float32(K[1, 2])) * samples
     buffer = np.zeros((size * samples, size * samples), np.float32)
     triangle = np.full(buffer.shape, -1, np.int32)
-    depth_buffer(x, y, inverse, posed.faces, posed.n_head_faces, buffer, triangle)
+    depth_buffer(x, y, inverse, posed.faces, posed.n_head_faces, HIDDEN, buffer, triangle)
     linear, coverage = np.empty((size, size, 3), np.float32), np.empty((size, size), np.float32)
     centre = (-rotation.T @ translation).astype(np.float32)
     draw(

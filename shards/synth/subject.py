@@ -72,7 +72,7 @@ def refined(head: ParametricHead) -> Refined:
                        ("boundary", raster.CLOTH)):  # fmt: skip
         table[LABELS.index(name)] = kind
     material = np.repeat(table[label[drawn]], 8)
-    rim = boundary_loop(fine[np.repeat(np.isin(label[drawn], SKIN_LABELS), 4)])
+    rim = boundary_loop(fine.astype(np.int64)[np.repeat(np.isin(label[drawn], SKIN_LABELS), 4)])
     centre = np.setdiff1d(cap_quads, head.boundary_vertices.numpy())
     fan = np.stack([np.full(len(rim), centre[0]), rim, np.roll(rim, -1)], axis=1)
     cap_uv = (
@@ -114,7 +114,9 @@ def _lashes(head: ParametricHead) -> tuple[sparse.csr_matrix, NDArray[np.int32]]
     upside_down = height[:, [0, 3]].sum(axis=1) > height[:, [1, 2]].sum(axis=1)
     quads = np.where(upside_down[:, None], quads[:, [1, 0, 3, 2]], quads)
     longest = away[quads].max()
-    rows, columns, values = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
     for quad in quads:
         for place in (0.2, 0.5, 0.8):
             for low, high in ((quad[0], quad[3]), (quad[1], quad[2])):
@@ -189,7 +191,7 @@ def pose(
     uv, material = mesh.uv, mesh.material
     tint = np.zeros((n_head, 3), np.float32)
     lashes = mesh.lash_operator @ coarse
-    strands = [
+    strands: list[tuple[NDArray, NDArray, NDArray, NDArray, NDArray]] = [
         (
             lashes,
             np.full_like(lashes, 0.577),
