@@ -22,7 +22,8 @@ class SyntheticCapture(Capture):
     """A capture in the synthetic layout.
 
     Cameras are given once, in the studio's frame, and the head's pose at every timestep; `camera_matrices`
-    joins the two. Pictures are rendered over black, depth is 16-bit in units of `depth_unit` metres.
+    joins the two. Depth is 16-bit in units of `depth_unit` metres. `background_linear` is the linear colour
+    behind the head, black where it is left out; it is taken out of the pixels on the head's outline.
     """
 
     layout = "headsplat-synthetic"
