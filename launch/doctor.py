@@ -46,7 +46,6 @@ def findings() -> Iterator[tuple[str, bool, str]]:
         True,
         "deepspeed, one process a " + ("GPU" if torch.cuda.is_available() else "rank over gloo"),
     )
-    yield from stale_locks()
     yield "tracking", True, Workspace(Path("work")).tracking_uri
     yield from weights()
 
@@ -60,13 +59,6 @@ def rasterizers() -> Iterator[tuple[str, bool, str]]:
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         report = backend_report(device)
         yield f"rasterizer on {device}", report.backend != "reference", f"{report.backend}: {report.reason}"
-
-
-def stale_locks() -> Iterator[tuple[str, bool, str]]:
-    """Locks of a killed build, which make every later import of that extension wait for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in root.glob("**/lock"):
-        yield "extension lock", False, f"{lock} is left from a build; if none is running, delete it"
 
 
 def weights() -> Iterator[tuple[str, bool, str]]:
