@@ -120,14 +120,14 @@ struct Lists {
     Buffer<Entry> entries;
     Buffer<uint32_t> lit;             // blocks that received light, one mask an entry
     Buffer<float> transmittance, depth;  // [cameras][tiles][256], block order
-    Buffer<int32_t> last;             // last entry of the tile that lit the pixel, -1 if none
+    Buffer<int32_t> stop;             // the tile's entry before which the pixel was finished
     std::vector<uint32_t> visible;
     std::vector<uint64_t> entry_begin;  // [cameras + 1]
     Buffer<uint32_t> chunk_count;
 
     size_t bytes() const {
         return soa.bytes() + found.bytes() + splats.bytes() + keys.bytes() + keys_2.bytes() + slot_begin.bytes() + cursor.bytes() + tile_begin.bytes() + entries.bytes() + lit.bytes() +
-               transmittance.bytes() + depth.bytes() + last.bytes() + chunk_count.bytes();
+               transmittance.bytes() + depth.bytes() + stop.bytes() + chunk_count.bytes();
     }
 };
 
@@ -695,7 +695,7 @@ inline uint32_t blocks_of(const Splat& s, float x, float y) {
     const int right = static_cast<int>(std::min(x + s.half_x + s.slack, TILE - 1.0f)) >> 2;
     const int top = static_cast<int>(std::max(y - s.half_y - s.slack + 0.9999f, 0.0f)) / BLOCK_H;
     const int bottom = static_cast<int>(std::min(y + s.half_y + s.slack, TILE - 1.0f)) / BLOCK_H;
-    if ((right - left + 1) * (bottom - top + 1) <= 4 * BLOCK_W / BLOCK_H) {
+    if ((right - left + 1) * (bottom - top + 1) <= 6 * BLOCK_W / BLOCK_H) {
         const uint32_t columns = (2u << right) - (1u << left);
         const uint64_t rows = (uint64_t{1} << (bottom + 1) * BLOCKS_X) - (uint64_t{1} << top * BLOCKS_X);
         return columns * 0x11111111u & static_cast<uint32_t>(rows);
@@ -779,8 +779,8 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
     // Transmittance; its sign turns negative where the pixel is finished, and outside of the picture.
     alignas(64) float T[TILE_PIXELS], red[TILE_PIXELS] = {}, green[TILE_PIXELS] = {}, blue[TILE_PIXELS] = {};
     alignas(64) float z[TILE_PIXELS] = {};
-    alignas(64) int32_t last[TILE_PIXELS];
-    std::fill_n(last, TILE_PIXELS, -1);
+    alignas(64) int32_t stop[TILE_PIXELS];
+    std::fill_n(stop, TILE_PIXELS, count);
     std::fill_n(T, TILE_PIXELS, -1.0f);
     uint32_t alive = 0;
     each_strip(box, [&](int at, int, int, int n) {
@@ -805,7 +805,6 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
                 const F exponent = (lo - h * (dy * dy)) - k * (t * t);
                 const F before = load(T + at);
                 const M active = both(ge(exponent, splat(LOG2_ALPHA_MIN)), gt(before, splat(0.0f)));
-                if (!any(active)) continue;
                 const F alpha = min(exp2(exponent), splat(ALPHA_MAX));
                 const F after = before * (1.0f - alpha);
                 const M adds = both(active, gt(after, splat(TRANSMITTANCE_MIN)));
@@ -814,12 +813,12 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
                 store(green + at, load(green + at) + weight * s.g);
                 store(blue + at, load(blue + at) + weight * s.b);
                 store(z + at, load(z + at) + weight * s.z);
-                store(last + at, select(adds, splat_int(e), load(last + at)));
                 lit_here |= static_cast<uint32_t>(any(adds)) << b;
                 F now = select(adds, after, before);
                 const M stops = without(active, adds);
                 if (any(stops)) {
                     now = select(stops, -before, now);
+                    store(stop + at, select(stops, splat_int(e), load(stop + at)));
                     if (!any(gt(now, splat(0.0f)))) alive &= ~(1u << b);
                 }
                 store(T + at, now);
@@ -851,7 +850,7 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
     const int64_t state = (c * static_cast<int64_t>(tiles) + tile) * TILE_PIXELS;
     std::memcpy(lists.transmittance.data() + state, T, sizeof(T));
     std::memcpy(lists.depth.data() + state, z, sizeof(z));
-    std::memcpy(lists.last.data() + state, last, sizeof(last));
+    std::memcpy(lists.stop.data() + state, stop, sizeof(stop));
 }
 
 struct OutputGradient {
@@ -869,7 +868,7 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
     const int32_t count = static_cast<int32_t>(tile_begin[1] - tile_begin[0]);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
     const int64_t state = (c * static_cast<int64_t>(tiles) + tile) * TILE_PIXELS;
-    const int32_t* last = lists.last.data() + state;
+    const int32_t* stop = lists.stop.data() + state;
 
     alignas(64) float T[TILE_PIXELS], behind[TILE_PIXELS] = {};  // light from what was already walked
     alignas(64) float v_r[TILE_PIXELS], v_g[TILE_PIXELS], v_b[TILE_PIXELS], v_z[TILE_PIXELS], v_0[TILE_PIXELS];
@@ -931,7 +930,7 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
             const F dy = dy_0 + LANES.block_y[b];
             const F t = (dx_0 + LANES.block_x[b]) - slope * dy;
             const F exponent = (lo - h * (dy * dy)) - k * (t * t);
-            const M active = both(ge(exponent, splat(LOG2_ALPHA_MIN)), ge(load(last + at), splat_int(e)));
+            const M active = both(ge(exponent, splat(LOG2_ALPHA_MIN)), ge(load(stop + at), splat_int(e + 1)));
             const F raw = exp2(exponent), alpha = min(raw, splat(ALPHA_MAX));
             const F inverse = 1.0f / (1.0f - alpha);
             const F after = load(T + at), before = after * inverse;
@@ -1200,7 +1199,7 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
         l.chunk_count.resize(cameras * chunks);
         l.transmittance.resize(cameras * tiles * TILE_PIXELS);
         l.depth.resize(cameras * tiles * TILE_PIXELS);
-        l.last.resize(cameras * tiles * TILE_PIXELS);
+        l.stop.resize(cameras * tiles * TILE_PIXELS);
 
         Team team(threads);
         team.run([&] {
@@ -1341,7 +1340,7 @@ void headsplat_count(const void* state, int64_t* counts) {
         for (int tile = 0; tile < tiles; ++tile) {
             const TileBox box(l, tile);
             const uint64_t* begin = l.tile_begin.data() + c * (tiles + 1) + tile;
-            const int32_t* last = l.last.data() + (c * tiles + tile) * TILE_PIXELS;
+            const int32_t* stop = l.stop.data() + (c * tiles + tile) * TILE_PIXELS;
             for (uint64_t i = begin[0]; i < begin[1]; ++i) {
                 const Splat& s = splats[l.entries[l.entry_begin[c] + i].rank];
                 const uint32_t lit = l.lit[l.entry_begin[c] + i];
@@ -1353,7 +1352,7 @@ void headsplat_count(const void* state, int64_t* counts) {
                     const F t = load(LANES.x) - (s.x - (box.left + 0.5f)) + LANES.block_x[b] - s.slope * dy;
                     const F exponent = (s.lo - s.h * (dy * dy)) - s.k * (t * t);
                     const M active = both(ge(exponent, splat(LOG2_ALPHA_MIN)),
-                                          ge(load(last + b * V), splat_int(static_cast<int32_t>(i - begin[0]))));
+                                          ge(load(stop + b * V), splat_int(static_cast<int32_t>(i - begin[0]) + 1)));
                     counts[3] += __builtin_popcount(bits(active));
                 }
             }
