@@ -86,11 +86,9 @@ class Plan:
                 " Pack captures with more timesteps."
             )
         self._starts = _lane_starts(self.epoch_length, lanes)
-        self._epoch = -1
-        self._order: np.ndarray = np.empty(0, np.int64)  # shards in the order of the epoch
-        self._ends: np.ndarray = np.empty(
-            0, np.int64
-        )  # and how many examples are in them up to each one's end
+        # of the epoch asked for last: its shards in order, and how many examples are in them up to each
+        # one's end
+        self._latest: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def example(self, position: int) -> Example:
         """The example at a place of the sequence."""
@@ -123,10 +121,11 @@ class Plan:
         return [self.example(first + i) for i in range(micro_batch)]
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch != self._epoch:
+        latest = self._latest
+        if latest[0] != epoch:
             order = np.array(Draws("epoch", self.seed, epoch).permutation(len(self.shards)), np.int64)
-            self._order, self._ends, self._epoch = order, np.cumsum(self._counts[order]), epoch
-        return self._order, self._ends
+            self._latest = latest = (epoch, order, np.cumsum(self._counts[order]))  # at once: threads may ask
+        return latest[1], latest[2]
 
 
 def _lane_starts(length: int, lanes: int) -> list[int]:

@@ -145,7 +145,8 @@ class ShardCache:
         target = self._folder / f"{sha256}.tar"
         with self._lock:
             if target.is_file():
-                os.utime(target)  # the access that eviction goes by
+                now = time.time_ns()  # by hand: the kernel stamps in steps of milliseconds
+                os.utime(target, ns=(now, now))  # the access that eviction goes by
             else:
                 remote.fetch(name, target, sha256)
                 self._make_room(target)
