@@ -190,7 +190,9 @@ def test_v2_frames_come_in_any_order_with_calibrated_colours(v2):
 
 
 def test_a_recording_without_codes_says_so_when_packed(v2, tmp_path):
-    with pytest.raises(UserError, match=r"018/EXP-2-eyes cannot be used for packing: it is not tracked.*VHAP"):
+    with pytest.raises(
+        UserError, match=r"018/EXP-2-eyes cannot be used for packing: it is not tracked.*VHAP"
+    ):
         pack([read_capture(v2)], tmp_path / "x", size=28, heldout=0, prior="none")
 
 
