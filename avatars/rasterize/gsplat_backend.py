@@ -10,6 +10,7 @@ from torch import Tensor
 from avatars.cameras import Cameras
 from avatars.gaussians import Gaussians
 from avatars.rasterize.common import EPS_2D, FAR, NEAR, Mode, Rendering, check_values
+from avatars.rasterize.reference import rasterize_reference
 
 __all__ = ["gsplat_problem", "rasterize_gsplat"]
 
@@ -37,6 +38,8 @@ def rasterize_gsplat(
     mode: Mode = "classic",
 ) -> Rendering:
     """Pictures of Gaussians; the same arguments and result as `avatars.rasterize.rasterize`."""
+    if not len(gaussians):  # its kernels expect something to do
+        return rasterize_reference(gaussians, cameras, size, background, mode)
     from gsplat import rasterization
 
     check_values(gaussians, background)
