@@ -1,8 +1,10 @@
+import pickle
 import threading
 
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from avatars.errors import UserError
 from avatars.head import ParametricHead, makehuman
@@ -45,8 +47,8 @@ def test_expressions_move_what_their_names_say(head):
     still = head.vertices(*zeros(head))[0]
     opened = head.vertices(zeros(head)[0], expression(head, jawOpen=1.0))[0] - still
     teeth = head.faces[head.regions["teeth"]].unique()
-    lower = teeth[head.skinning[teeth, 1] > 0.5]
-    upper = teeth[head.skinning[teeth, 1] <= 0.5]
+    lower = teeth[head.skinning[teeth, 2] > 0.5]
+    upper = teeth[head.skinning[teeth, 2] <= 0.5]
     assert len(lower) == len(upper) == 68
     assert opened[lower, 1].max() < -0.004
     assert opened[upper].norm(dim=-1).max() < 1e-4
@@ -258,3 +260,126 @@ def test_uv_raster_samples_pixel_centres():
     assert np.allclose(position[0, 0], [0.5 / 8, 1 - 0.5 / 8])
     image = np.arange(64.0).reshape(8, 8, 1)
     assert np.allclose(sample_texture(image, position), image)
+
+
+# ------------------------------------------------------------------------------------------ FLAME's files
+
+
+@pytest.fixture
+def flame_folder(tmp_path):
+    """A made-up model in FLAME's layout: 12 vertices, 6 shapes and 6 expressions."""
+    rng = np.random.default_rng(0)
+    faces = np.array([[i, i + 1, i + 2] for i in range(10)], dtype=np.uint32)
+    weights = rng.dirichlet(np.ones(5), 12)
+    regressor = rng.dirichlet(np.ones(12), 5)
+    model = {
+        "f": faces, "v_template": rng.normal(size=(12, 3)), "shapedirs": rng.normal(size=(12, 3, 12)),
+        "posedirs": 0.1 * rng.normal(size=(12, 3, 36)), "J_regressor": sparse.csc_matrix(regressor),
+        "weights": weights, "kintree_table": np.array([[-1, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
+    }  # fmt: skip
+    (tmp_path / "flame2023.pkl").write_bytes(pickle.dumps(model, protocol=2))
+    lines = [f"vt {u} {v}" for u, v in rng.random((12, 2))]
+    lines += ["f " + " ".join(f"{i + 1}/{i + 1}" for i in face) for face in faces]
+    (tmp_path / "head_template_mesh.obj").write_text("\n".join(lines))
+    (tmp_path / "FLAME_masks.pkl").write_bytes(
+        pickle.dumps({"boundary": np.array([0, 1]), "face": np.arange(5, 12)}, protocol=2)
+    )
+    return tmp_path, model
+
+
+def test_flame_is_read_and_posed_as_published(flame_folder):
+    folder, model = flame_folder
+    head = ParametricHead.load("flame", folder)
+    assert (head.n_vertices, head.n_identity, head.n_expression) == (12, 6, 6)
+    assert head.expression_kind == "flame-6"
+    assert head.boundary_vertices.tolist() == [0, 1]
+    assert head.regions["face"].tolist() == [False] * 5 + [True] * 5
+    rng = np.random.default_rng(1)
+    shape, psi, pose = rng.normal(size=6), rng.normal(size=6), 0.4 * rng.normal(size=(4, 3))
+    got = head.vertices(
+        *(torch.tensor(x, dtype=torch.float32)[None] for x in (shape, psi)),
+        neck=torch.tensor(pose[0:1], dtype=torch.float32),
+        jaw=torch.tensor(pose[1:2], dtype=torch.float32),
+        eyes=torch.tensor(pose[2:].reshape(1, 6), dtype=torch.float32),
+    )[0]
+    # The published forward pass, written out with 4x4 chains.
+    from scipy.spatial.transform import Rotation
+
+    template = model["v_template"]
+    template = template - (template.min(0) + template.max(0)) / 2
+    shaped = template + model["shapedirs"] @ np.concatenate([shape, psi])
+    joints = model["J_regressor"] @ shaped
+    rotations = np.concatenate([np.eye(3)[None], Rotation.from_rotvec(pose).as_matrix()])
+    posed = shaped + model["posedirs"] @ (rotations[1:] - np.eye(3)).ravel()
+    parents, chain = [-1, 0, 1, 1, 1], []
+    for j in range(5):
+        local = np.eye(4)
+        local[:3, :3], local[:3, 3] = rotations[j], joints[j] - (joints[parents[j]] if j else 0)
+        chain.append(chain[parents[j]] @ local if j else local)
+    expected = np.zeros((12, 3))
+    for j in range(5):
+        moved = posed @ chain[j][:3, :3].T + chain[j][:3, 3] - chain[j][:3, :3] @ joints[j]
+        expected += model["weights"][:, j : j + 1] * moved
+    assert np.abs(got.numpy() - expected).max() < 1e-5
+
+
+class _Chumpy:
+    def __init__(self, x):
+        self.x = x
+
+    def __reduce__(self):
+        import copyreg
+
+        return copyreg._reconstructor, (type(self), object, None), {"x": self.x}
+
+
+def test_chumpy_arrays_are_read_without_chumpy(flame_folder):
+    folder, model = flame_folder
+    _Chumpy.__module__, _Chumpy.__qualname__ = "chumpy.ch", "Ch"
+    import sys
+    import types
+
+    fake = types.ModuleType("chumpy.ch")
+    fake.Ch = _Chumpy
+    sys.modules["chumpy"], sys.modules["chumpy.ch"] = types.ModuleType("chumpy"), fake
+    try:
+        content = pickle.dumps({**model, "shapedirs": _Chumpy(model["shapedirs"])}, protocol=2)
+    finally:
+        del sys.modules["chumpy"], sys.modules["chumpy.ch"]
+    (folder / "flame2023.pkl").write_bytes(content)
+    head = ParametricHead.load("flame", folder)
+    assert np.allclose(head.arrays["identity_basis"][0, :12], model["shapedirs"][..., 0], atol=1e-6)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(flame_folder, capsys):
+    folder, _ = flame_folder
+    (folder / "flame2023.pkl").write_bytes(pickle.dumps({"f": _Malicious()}, protocol=2))
+    with pytest.raises(UserError, match="read safely"):
+        ParametricHead.load("flame", folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_incomplete_flame_files_are_reported(flame_folder, tmp_path):
+    folder, model = flame_folder
+    with pytest.raises(UserError, match="needs the folder"):
+        ParametricHead.load("flame")
+    with pytest.raises(UserError, match="is not a folder"):
+        ParametricHead.load("flame", tmp_path / "nowhere")
+    whole = (folder / "flame2023.pkl").read_bytes()
+    (folder / "flame2023.pkl").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="download it again"):
+        ParametricHead.load("flame", folder)
+    (folder / "flame2023.pkl").write_bytes(
+        pickle.dumps({k: v for k, v in model.items() if k != "posedirs"}, protocol=2)
+    )
+    with pytest.raises(UserError, match="no field 'posedirs'"):
+        ParametricHead.load("flame", folder)
+    (folder / "flame2023.pkl").write_bytes(whole)
+    (folder / "head_template_mesh.obj").unlink()
+    with pytest.raises(UserError, match=r"no head_template_mesh\.obj"):
+        ParametricHead.load("flame", folder)

@@ -203,12 +203,16 @@ def build(data: Path, *, n_identity: int = N_IDENTITY, check_hash: bool = True) 
         "attribute_map": attribute_map.astype(np.float32),
         "reconstruction_error": np.array([error[:, :n].mean(), np.quantile(error[:, :n], 0.99)], np.float32),
         "skinning": skinning(mesh, data).astype(np.float32),
+        "faces": triangulate(mesh.quads).astype(np.int32),
+        "uv_faces": triangulate(mesh.uv_quads).astype(np.int32),
+        "region_names": np.array(REGION_NAMES),
+        "region_masks": np.repeat(
+            [*(label == k for k in range(len(LABELS))), extra["ears"], extra["neck"]], 2, axis=1
+        ),
         "quads": mesh.quads.astype(np.int32),
         "uv": mesh.uv.astype(np.float32),
         "uv_quads": mesh.uv_quads.astype(np.int32),
         "label": label.astype(np.uint8),
-        "ears": extra["ears"],
-        "neck": extra["neck"],
         "masks": masks,
         "landmarks68": np.array([mesh.lookup[i] for i in LANDMARKS68], np.int32),
         "boundary_vertices": mesh.boundary.astype(np.int32),
@@ -515,7 +519,7 @@ def gather_matrix(mesh: HeadMesh, pivots: list[Ints], n_base: int) -> sparse.csr
 
 
 def skinning(mesh: HeadMesh, data: Path) -> Array:
-    """Weights (V, 4) of neck, jaw, left and right eye; eyes and jaw hang on the head, the head on the neck."""
+    """Weights (V, 5) of root (what the neck carries nothing of), neck, jaw, left and right eye; rows sum to one."""
     table = json.loads((data / "mpfb2" / "rigs" / "standard" / "weights.default.json").read_text())["weights"]
 
     def weight(bones: dict[str, float]) -> Array:
@@ -523,15 +527,17 @@ def skinning(mesh: HeadMesh, data: Path) -> Array:
         for bone, share in bones.items():
             rows = np.array(table[bone], dtype=float)
             full[rows[:, 0].astype(int)] += rows[:, 1] * share
-        return np.append(full[mesh.source[:-1]], 0.0)
+        return np.append(np.clip(full[mesh.source[:-1]], 0, 1), 0.0)
 
     tongue = {bone: 1.0 for bone in table if bone.startswith("tongue")}
-    jaw = weight({"jaw": 1.0, **tongue})
-    left, right = weight({"eye.L": 1.0}), weight({"eye.R": 1.0})
-    neck = weight({"head": 1.0, "neck03": 0.75, "neck02": 0.5, "neck01": 0.25, "jaw": 1.0, "eye.L": 1.0,
-                   "eye.R": 1.0, **tongue})  # fmt: skip
-    neck[mesh.boundary] = 0
-    return np.clip(np.stack([neck, jaw, left, right], axis=1), 0, 1)
+    children = [weight({"jaw": 1.0, **tongue}), weight({"eye.L": 1.0}), weight({"eye.R": 1.0})]
+    # The neck bends along its three bones; everything above it follows in full.
+    head = {"head": 1.0, "jaw": 1.0, "eye.L": 1.0, "eye.R": 1.0, **tongue}
+    carried = weight({**head, "neck03": 0.75, "neck02": 0.5, "neck01": 0.25})
+    carried[mesh.boundary] = 0
+    own = np.stack(children, axis=1)
+    own *= (carried / np.maximum(own.sum(axis=1), carried).clip(1e-9))[:, None]
+    return np.column_stack([1 - carried, carried - own.sum(axis=1), own])
 
 
 def regions(mesh: HeadMesh, template: Array, data: Path) -> tuple[Ints, dict[str, np.ndarray], np.ndarray]:

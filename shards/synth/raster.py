@@ -24,7 +24,14 @@ SKIN, EYE, WET, TEETH, HAIR, CLOTH = 0, 1, 2, 3, 4, 5
 
 @numba.njit(cache=True, fastmath=True, boundscheck=False)
 def depth_buffer(
-    x: Floats, y: Floats, nearness: Floats, faces: Ints, culled: int, margin: float, buffer: Floats, triangle: Ints
+    x: Floats,
+    y: Floats,
+    nearness: Floats,
+    faces: Ints,
+    culled: int,
+    margin: float,
+    buffer: Floats,
+    triangle: Ints,
 ) -> None:
     """Rasterize triangles into `buffer` (largest nearness wins) and `triangle` (its index), both (H, W).
 

@@ -245,7 +245,7 @@ def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArr
     scalp *= np.isin(lay.label, [LABELS.index("skin"), LABELS.index("scalp")]) * (
         1 - smoothstep(0.1, 0.4, lay.masks["ears"])
     )
-    scalp *= look.scalp_shade * (0.86 + 0.12 * fine)
+    scalp *= look.scalp_shade * (0.97 + 0.04 * fine)
     color += np.clip(scalp, 0, 1)[..., None] * (hair * 0.8 - color)
 
     oil = (
