@@ -173,6 +173,7 @@ def test_other_settings_do_not_mix(captures):
         ({"rig_name": "sphere"}, "unknown camera rig 'sphere'"),
         ({"rig_name": "nersemble", "views": 17}, "16 cameras, not 17"),
         ({"motion": "wild"}, "unknown motion 'wild'"),
+        ({"quality": "raster"}, "unknown quality 'raster'"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, change, message):
@@ -248,7 +249,16 @@ def test_depth_buffer_agrees_with_a_ray_for_every_pixel():
     points = rng.uniform(-2, 34, (60, 3)).astype(np.float32)
     faces = rng.integers(0, 60, (40, 3)).astype(np.int32)
     buffer, triangle = np.full((32, 32), -1e9, np.float32), np.full((32, 32), -1, np.int32)
-    depth_buffer(points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy(), faces, len(faces), 0.0, buffer, triangle)
+    depth_buffer(
+        points[:, 0].copy(),
+        points[:, 1].copy(),
+        points[:, 2].copy(),
+        faces,
+        len(faces),
+        0.0,
+        buffer,
+        triangle,
+    )
     expected = np.full((32, 32), -1e9)
     y, x = np.mgrid[:32, :32] + 0.5
     for a, b, c in points[faces].astype(float):
@@ -289,3 +299,27 @@ def test_light_is_even_in_the_open_and_blocked_by_what_stands_before_it():
     closed = bake(light, np.eye(3, dtype=np.float32), points, normals, faces, 5)
     assert closed.gloss[0, 0] < 0.05
     assert closed.diffuse[0].max() < 0.55
+
+
+def test_path_traced_pictures_show_the_same_person(tmp_path):
+    settings = {
+        "subjects": [4],
+        "timesteps": 1,
+        "views": 2,
+        "size": 32,
+        "seed": 3,
+        "workers": 1,
+        "progress": False,
+    }
+    fast = synthesize(tmp_path / "fast", **settings)[0]
+    path = synthesize(tmp_path / "path", **settings, quality="path")[0]
+    for v in range(2):
+        mask = read(fast, "mask", 0, v)
+        assert (mask == read(path, "mask", 0, v)).all()
+        assert (read(fast, "depth", 0, v) == read(path, "depth", 0, v)).all()
+        ours, theirs = read(fast, "image", 0, v).astype(float), read(path, "image", 0, v).astype(float)
+        # The same silhouette, up to strands too thin for the fast renderer's samples.
+        assert (np.abs(ours - theirs)[mask == 0] > 30).mean() < 0.01
+        inside = mask == 255
+        assert np.corrcoef(ours[inside].ravel(), theirs[inside].ravel())[0, 1] > 0.8
+        assert abs(ours[inside].mean() - theirs[inside].mean()) < 30

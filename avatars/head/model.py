@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,7 +45,6 @@ class ParametricHead(nn.Module):
     boundary_vertices: Tensor
     region_masks: Tensor
     pose_basis: Tensor | None
-    _loaded: ClassVar[dict[tuple[str, str], ParametricHead]] = {}
 
     def __init__(
         self,
@@ -100,16 +98,12 @@ class ParametricHead(nn.Module):
             return cls(arrays, name=name, expression_names=names, expression_kind=f"flame-{len(names)}")
         if name != "makehuman":
             raise UserError(f"unknown head {name!r}; there are 'makehuman' and 'flame'")
-        path_of_cache = cache_path()
-        key = (name, str(path_of_cache))
-        if key not in cls._loaded:
-            cls._loaded[key] = cls(
-                _cached(path_of_cache),
-                name=name,
-                expression_names=makehuman.ARKIT_NAMES,
-                expression_kind="arkit-52",
-            )
-        return cls._loaded[key]
+        return cls(
+            _cached(cache_path()),
+            name=name,
+            expression_names=makehuman.ARKIT_NAMES,
+            expression_kind="arkit-52",
+        )
 
     @property
     def n_identity(self) -> int:

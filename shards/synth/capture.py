@@ -8,6 +8,8 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +22,7 @@ from shards.synth.dome import Rig, rig
 from shards.synth.expressions import random_expression, smooth_sequence
 from shards.synth.render import Picture, render
 from shards.synth.subject import Subject, draw_subject, pose
+from shards.synth.traced import TracedPerson
 
 __all__ = ["DEPTH_UNIT", "SCHEMA", "synthesize", "write_capture"]
 
@@ -27,6 +30,8 @@ SCHEMA = 1
 LAYOUT = "headsplat-synthetic"
 DEPTH_UNIT = 6.25e-5  # metres a step of the 16-bit depth pictures: 4 m at most
 MOTIONS = ("random", "smooth")
+QUALITIES = ("fast", "path")
+PATHS = 64  # a pixel, in the path-traced quality
 
 
 def synthesize(
@@ -40,6 +45,7 @@ def synthesize(
     workers: int | None = None,
     rig_name: str = "dome",
     motion: str = "random",
+    quality: str = "fast",
     progress: bool | Callable[[int, int], None] = True,
 ) -> list[Path]:
     """Write synthetic captures, one folder a subject, and return the folders.
@@ -57,6 +63,7 @@ def synthesize(
         workers: processes; by default one a core, never more than subjects.
         rig_name: 'dome' or 'nersemble'.
         motion: 'random' expressions, or one 'smooth' sequence.
+        quality: 'fast' (baked light, no noise), or 'path': Mitsuba traces 64 paths a pixel (some seconds a picture).
         progress: True draws a bar on a terminal; a function is called with (pictures done, pictures in all).
 
     Raises:
@@ -73,16 +80,14 @@ def synthesize(
         raise UserError("subjects must be different numbers that are not negative")
     if motion not in MOTIONS:
         raise UserError(f"unknown motion {motion!r}; there are {', '.join(MOTIONS)}")
+    if quality not in QUALITIES:
+        raise UserError(f"unknown quality {quality!r}; there are {', '.join(QUALITIES)}")
     cameras = rig(rig_name, views, size)
     out = Path(out)
     settings = {
-        "timesteps": timesteps,
-        "views": views,
-        "size": size,
-        "seed": seed,
-        "rig": rig_name,
-        "motion": motion,
-    }
+        "timesteps": timesteps, "views": views, "size": size, "seed": seed, "rig": rig_name, "motion": motion,
+        "quality": quality,
+    }  # fmt: skip
     folders = [out / f"s{number:04d}" for number in numbers]
     wanted = [
         (number, folder)
@@ -95,7 +100,7 @@ def synthesize(
         out.mkdir(parents=True, exist_ok=True)
         with _Bar(progress, total, ready) as advance:
             if wanted:
-                ParametricHead.load()  # parsed and cached once here, not in every worker
+                _head()  # parsed and cached on disk once here, not in every worker
                 _make(wanted, settings, cameras, workers, advance)
     except OSError as error:
         raise UserError(
@@ -111,7 +116,7 @@ def _make(
     workers: int | None,
     advance: Callable[[int], None],
 ) -> None:
-    count = min(workers or os.cpu_count() or 1, len(wanted))
+    count = min(workers or len(os.sched_getaffinity(0)), len(wanted))
     if count == 1:
         for number, folder in wanted:
             write_capture(number, folder, settings, cameras, advance)
@@ -145,7 +150,7 @@ def write_capture(
     """Render one person into a folder; `advance` is called with the number of pictures after each timestep."""
     from PIL import Image
 
-    head = ParametricHead.load()
+    head = _head()
     person = subject_seed(settings["seed"], number)
     subject = draw_subject(head, person)
     rng = np.random.default_rng([person, 42])
@@ -159,8 +164,12 @@ def write_capture(
         for kind in ("image", "mask", "depth"):
             (folder / kind / name).mkdir(parents=True)
         posed = pose(head, subject, expression, head_to_world)
+        traced = TracedPerson(posed, subject.light, head_to_world) if settings["quality"] == "path" else None
         for K, world_to_camera, camera in zip(cameras.K, cameras.world_to_camera, cameras.ids, strict=True):
             picture = render(posed, K, world_to_camera @ head_to_world, settings["size"])
+            if traced is not None:
+                image = traced.render(K, world_to_camera @ head_to_world, settings["size"], samples=PATHS)
+                picture = replace(picture, image=image)
             for kind, pixels in _encode(picture).items():
                 Image.fromarray(pixels).save(folder / kind / name / f"{camera}.png", compress_level=1)
         timesteps.append(
@@ -251,9 +260,15 @@ def _head_pose(rng: np.random.Generator) -> NDArray[np.float64]:
     return pose_
 
 
+@lru_cache(maxsize=1)
+def _head() -> ParametricHead:
+    """The built-in head, one a process."""
+    return ParametricHead.load()
+
+
 def _compile() -> None:
     """Run the compiled kernels once on next to nothing."""
-    head = ParametricHead.load()
+    head = _head()
     subject = draw_subject(head, 0)
     cameras = rig("dome", 1, 16)
     render(

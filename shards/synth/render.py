@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shards.synth.raster import depth_buffer, draw
 from shards.synth.subject import Posed
 
-__all__ = ["Picture", "render"]
+__all__ = ["Picture", "encode_srgb", "render"]
 
 Array = NDArray[np.float64]
 
@@ -30,6 +30,11 @@ _SRGB = np.where(_LINEAR <= 0.0031308, 12.92 * _LINEAR, 1.055 * _LINEAR ** (1 / 
 _TABLE = np.round(_SRGB * 255).astype(np.uint8)
 HIDDEN = 0.012  # of 1/z: hair 1.5 cm behind something else, seen from a metre, is not drawn
 BACKGROUND = np.array([0.010, 0.010, 0.012], np.float32)  # linear
+
+
+def encode_srgb(linear: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Linear light as 8-bit sRGB, clipped at white."""
+    return _TABLE[np.clip(linear * 4095 + 0.5, 0, 4095).astype(np.int32)]
 
 
 def render(posed: Posed, K: Array, world_to_camera: Array, size: int, *, samples: int = 3) -> Picture:
@@ -61,7 +66,7 @@ def render(posed: Posed, K: Array, world_to_camera: Array, size: int, *, samples
         linear, coverage,
     )  # fmt: skip
     linear += (1 - coverage[..., None]) * BACKGROUND
-    image = _TABLE[np.clip(linear * 4095 + 0.5, 0, 4095).astype(np.int32)]
+    image = encode_srgb(linear)
     middle = buffer[samples // 2 :: samples, samples // 2 :: samples]
     depth = np.divide(1, middle, out=np.zeros_like(middle), where=middle > 0)
     return Picture(image, np.round(coverage * 255).astype(np.uint8), depth)
