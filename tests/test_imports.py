@@ -50,3 +50,14 @@ def test_help_loads_neither_torch_nor_numpy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert out.strip().endswith("set()")
+
+
+def test_public_names_are_where_the_design_says():
+    from avatars import Cameras, Gaussians, ParametricHead, load_avatar, rasterize
+    from eval import Protocol, metrics
+    from shards import Manifest, open_shards, pack, plan, read_capture
+    from train import Task, train
+
+    functions = (load_avatar, rasterize, metrics.psnr, open_shards, pack, plan, read_capture, train)
+    assert all(callable(thing) for thing in functions)
+    assert all(isinstance(thing, type) for thing in (Cameras, Gaussians, ParametricHead, Protocol, Manifest, Task))

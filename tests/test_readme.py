@@ -84,7 +84,7 @@ def first_sentence(path: Path) -> str:
         text = ast.get_docstring(ast.parse(text)) or ""
     else:
         text = re.sub(r"^//+ ?", "", text[: text.index("\n\n")], flags=re.M)
-    return re.split(r"(?<=[.:])\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".:").replace("|", "/")
+    return re.split(r"(?<!al)\.\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".:").replace("|", "/")
 
 
 def test_the_file_map_is_what_there_is():
