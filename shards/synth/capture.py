@@ -6,8 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -116,7 +117,8 @@ def _make(
     workers: int | None,
     advance: Callable[[int], None],
 ) -> None:
-    count = min(workers or len(os.sched_getaffinity(0)), len(wanted))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(wanted))
     if count == 1:
         for number, folder in wanted:
             write_capture(number, folder, settings, cameras, advance)
@@ -125,12 +127,12 @@ def _make(
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         ticks = manager.Queue()
-        # One thread a worker: the workers themselves use all cores.
         with ProcessPoolExecutor(count, mp_context=context, initializer=_single_thread) as pool:
-            jobs = [
-                pool.submit(write_capture, number, folder, settings, cameras, ticks.put)
-                for number, folder in wanted
-            ]
+            with _single_threaded_children():
+                jobs = [
+                    pool.submit(write_capture, number, folder, settings, cameras, ticks.put)
+                    for number, folder in wanted
+                ]
             pending = set(jobs)
             try:
                 while pending or not ticks.empty():
@@ -274,6 +276,25 @@ def _compile() -> None:
     render(
         pose(head, subject, np.zeros(52, np.float32), np.eye(4)), cameras.K[0], cameras.world_to_camera[0], 16
     )
+
+
+@contextmanager
+def _single_threaded_children() -> Iterator[None]:
+    """Processes started here get one BLAS thread each: they fill the cores, and idle BLAS threads spin.
+
+    BLAS reads its number of threads when it is loaded, before any code of ours runs in a child, hence the environment.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _single_thread() -> None:
