@@ -167,11 +167,15 @@ def run_jobs(
         actor = ray.remote(_Actor).options(**options).remote(max(1, int(cpus)))
         return _Slot(actor, actor.ready.remote())
 
+    def retire(slot: _Slot) -> None:
+        """Ends an actor, dead or alive; one that is only forgotten may keep its CPUs."""
+        pool.remove(slot)
+        ray.kill(slot.actor)
+
     def give(slot: _Slot) -> None:
         """The next job for a free actor, or its end."""
         if not queue:
-            pool.remove(slot)
-            ray.kill(slot.actor)
+            retire(slot)
             return
         slot.job = queue.popleft()
         attempts[slot.job.name] += 1
@@ -205,7 +209,7 @@ def run_jobs(
                 try:
                     answer = ray.get(slot.waits_for)
                 except ray.exceptions.RayError as error:
-                    pool.remove(slot)
+                    retire(slot)
                     if job is not None:
                         settle(job, seconds, error=_sentence(error), final=False)
                     continue
@@ -218,8 +222,7 @@ def run_jobs(
                 else:
                     settle(job, seconds, error=value, final=kind == "user")
                 if kind == "error":  # the process may be in any state: a fresh one for the next job
-                    pool.remove(slot)
-                    ray.kill(slot.actor)
+                    retire(slot)
                 else:
                     give(slot)
             working = [slot for slot in pool if slot.job is not None]

@@ -45,36 +45,39 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UserError(
-                f"The Ray cluster at RAY_ADDRESS={address} cannot be used: {str(error).splitlines()[0]} "
-                "Check the address, and RAY_AUTH_MODE and RAY_AUTH_TOKEN where the cluster asks for a token."
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-
-    folder = _private_folder()
+    folder = None
     try:
-        _start_private(cpus, gpus, folder)
-        yield
+        with _without_reports_on_workers():
+            if address := os.environ.get("RAY_ADDRESS"):
+                _connect(address)
+            else:
+                folder = _private_folder()
+                _start_private(cpus, gpus, folder)
+            yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"The Ray cluster at RAY_ADDRESS={address} cannot be used: {str(error).splitlines()[0]} "
+            "Check the address, and RAY_AUTH_MODE and RAY_AUTH_TOKEN where the cluster asks for a token."
+        ) from error
 
 
 def _start_private(cpus: float, gpus: float, folder: Path) -> None:
     import ray
     from ray._private import ray_constants
 
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Without this Ray writes a token into the home directory and warns about it.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token())
+    # Ray turns token authentication on by itself; without a token here it writes one into the home directory.
+    os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     # Fixed default ports would make two runs on one machine collide.
     os.environ.setdefault("RAY_USE_RANDOM_PORTS", "1")
     # Ray replaces a loopback address by the machine's public one, except where it believes that it cannot
@@ -94,6 +97,19 @@ def _start_private(cpus: float, gpus: float, folder: Path) -> None:
         )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster
+
+
+@contextmanager
+def _without_reports_on_workers() -> Iterator[None]:
+    """Ray prints a paragraph for every worker that dies, whatever `log_to_driver` says; ours are in the results."""
+    from ray._private import worker
+
+    printing = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printing
 
 
 @lru_cache(maxsize=1)
