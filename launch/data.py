@@ -34,7 +34,7 @@ class DemoCaptures:
 
     subjects: int = 8
     """Synthetic people."""
-    timesteps: int = 5
+    timesteps: int = 6
     """Moments of each, every one with its own expression."""
     views: int = 80
     """Cameras on the dome."""
@@ -42,7 +42,7 @@ class DemoCaptures:
     """Side of the pictures in pixels; at least the recipe's."""
     heldout: int = 2
     """People that are kept from training."""
-    input_sets: int = 3
+    input_sets: int = 4
     """Input sets of a person."""
     seed: int = 0
     """People of one seed are always the same."""
