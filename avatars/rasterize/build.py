@@ -110,7 +110,12 @@ def _compile(compiler: str, library: Path) -> None:
         target = Path(scratch) / library.name
         command = [*compiler.split(), *FLAGS, "-o", str(target), str(SOURCES[0])]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            for openmp in (["-fopenmp"], []):  # some compilers come without it
+                result = subprocess.run(
+                    [*command, *openmp], capture_output=True, text=True, timeout=COMPILE_SECONDS
+                )
+                if result.returncode == 0:
+                    break
         except OSError as error:
             raise BuildError(f"the compiler {compiler} cannot be run ({error.strerror})") from error
         except subprocess.TimeoutExpired as error:

@@ -134,7 +134,10 @@ def _forward(
     means, *_, colors = fields
     height, width = size
     count, n = len(cameras), len(means)
-    K, pose, centers = (_plain(t.detach()) for t in (cameras.K, cameras.world_to_camera, cameras.centers))
+    K, pose = _plain(cameras.K.detach()), _plain(cameras.world_to_camera.detach())
+    centers = (
+        _plain(cameras.centers.detach()) if colors.ndim == 3 else pose.new_zeros(count, 3)
+    )  # for harmonics
     image = torch.empty(count, 3, height, width)
     alpha, depth = torch.empty(count, 1, height, width), torch.empty(count, 1, height, width)
     radii = torch.empty(count, n, 2, dtype=torch.int32)

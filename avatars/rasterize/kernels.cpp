@@ -23,8 +23,13 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 using namespace simd;
 
@@ -164,30 +169,42 @@ Pool<Scratch> scratch_pool;
 
 // ---------------------------------------------------------------------------------------------- threads
 
-// Threads that run one function together and wait for each other. They live for one call: starting one costs
-// about 20 microseconds, and a process that forks afterwards inherits nothing.
+// Threads that run one function together and wait for each other. With OpenMP they are those of torch, which would
+// otherwise go on spinning for work on the very cores that are needed here; without, they live for one call.
 class Team {
   public:
     explicit Team(int size) : size_(std::max(1, size)) {}
 
     template <typename Work>
     void run(const Work& work) {
+        if (size_ == 1) {  // also the way in a forked process, where OpenMP has no threads
+            work();
+            return;
+        }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(size_)
+        {
+            if (omp_get_thread_num() == 0) start(omp_get_num_threads());
+            wait_for_start();
+            work();
+        }
+#else
         std::vector<std::thread> others;
         int started = 1;
         for (; started < size_; ++started) {
             try {
                 others.emplace_back([&work, this] {
-                    while (!open_.load(std::memory_order_acquire)) std::this_thread::yield();
+                    wait_for_start();
                     work();
                 });
             } catch (const std::system_error&) {  // no more threads to be had: go on with those that there are
                 break;
             }
         }
-        size_ = started;
-        open_.store(true, std::memory_order_release);
+        start(started);
         work();
         for (auto& thread : others) thread.join();
+#endif
     }
 
     // Calls task(i) for i in [0, count), spread over the team, and waits until all are done.
@@ -214,6 +231,13 @@ class Team {
     void fail() { failed_.store(true); }
 
   private:
+    void start(int size) {
+        size_ = size;
+        open_.store(true, std::memory_order_release);
+    }
+    void wait_for_start() const {
+        while (!open_.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
     void wait() {
         const int round = round_.load(std::memory_order_acquire);
         if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {

@@ -1,0 +1,253 @@
+"""How fast Gaussians are drawn on a CPU: forward and backward with projection, against peers and the machine's floor.
+
+    python benchmarks/rasterize.py [--out FOLDER] [--splax PYTHON] [--repeats 15]
+
+Every figure is the median over repeats in one run; run it on an otherwise idle machine, the load is recorded. With
+--splax, the interpreter of an environment made as `benchmarks/splax_peer.py` says, splax draws the same scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from avatars.cameras import Cameras
+from avatars.gaussians import Gaussians, rgb_to_sh
+from avatars.rasterize.build import FLAGS
+from avatars.rasterize.cpu import count_work, rasterize_cpu
+from avatars.rasterize.reference import rasterize_reference
+
+HERE = Path(__file__).parent
+SCENES = [(10_000, 128), (50_000, 128), (10_000, 256), (50_000, 256), (13_453, 512)]
+PEER_SCENES = [(10_000, 128), (50_000, 256)]
+FIELDS = ("means", "quats", "scales", "opacities", "colors")
+
+# Vector operations a block of pixels in kernels.cpp besides 2^x, counted as multiply-adds; a division counts as four.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 22, 46
+
+
+def head(count: int, pixels: int) -> tuple[Gaussians, Cameras, torch.Tensor]:
+    """An ellipsoid the size of a head, covered by Gaussians that overlap about twice, and eight cameras."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    means = torch.nn.functional.normalize(normal(count, 3), dim=-1) * torch.tensor([0.09, 0.12, 0.1])
+    scales = (normal(count, 3) * 0.4).exp() * 0.16 / count**0.5
+    gaussians = Gaussians(
+        means, normal(count, 4), scales, (normal(count) + 1).sigmoid(), normal(count, 3).sigmoid()
+    )
+    positions = torch.nn.functional.normalize(normal(8, 3) * torch.tensor([1.0, 0.3, 1.0]), dim=-1) * 0.8
+    focal = 2.4 * pixels
+    K = torch.tensor([[focal, 0, pixels / 2], [0, focal, pixels / 2], [0, 0, 1]])
+    cameras = Cameras.look_at(K, positions, torch.zeros(3), torch.tensor([0.0, 1, 0]))
+    return gaussians, cameras, normal(8, 3, pixels, pixels)
+
+
+def step(
+    draw: Callable[..., object], gaussians: Gaussians, cameras: Cameras, weights: torch.Tensor
+) -> tuple[float, float]:
+    """Seconds of one forward and one backward."""
+    leaves = Gaussians(*(getattr(gaussians, name).clone().requires_grad_() for name in FIELDS))
+    size = (weights.shape[-2], weights.shape[-1])
+    begin = time.perf_counter()
+    image = draw(leaves, cameras, size, torch.ones(3)).image  # type: ignore[attr-defined]
+    middle = time.perf_counter()
+    image.backward(weights)
+    return middle - begin, time.perf_counter() - middle
+
+
+def median_ms(times: list[tuple[float, float]]) -> dict[str, float]:
+    forward, backward = zip(*times, strict=True)
+    return {
+        "forward_ms": round(1e3 * statistics.median(forward), 3),
+        "backward_ms": round(1e3 * statistics.median(backward), 3),
+        "both_ms": round(1e3 * statistics.median(map(sum, times)), 3),
+        "fastest_both_ms": round(1e3 * min(map(sum, times)), 3),
+    }
+
+
+def measure(
+    draw: Callable[..., object], count: int, pixels: int, cameras: int, threads: int, repeats: int
+) -> dict[str, float]:
+    gaussians, all_cameras, weights = head(count, pixels)
+    torch.set_num_threads(threads)
+    for _ in range(2):
+        step(draw, gaussians, all_cameras[:cameras], weights[:cameras])
+    return median_ms(
+        [step(draw, gaussians, all_cameras[:cameras], weights[:cameras]) for _ in range(repeats)]
+    )
+
+
+def splax(python: str, count: int, pixels: int, repeats: int) -> dict[str, float]:
+    gaussians, cameras, weights = head(count, pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(
+            Path(folder) / "in.npz",
+            **{name: getattr(gaussians, name).numpy() for name in FIELDS[:4]},
+            harmonics=rgb_to_sh(gaussians.colors)[:, None].numpy(),
+            K=cameras.K[0].numpy(),
+            world_to_camera=cameras.world_to_camera[0].numpy(),
+            background=np.ones(3, np.float32),
+            size=np.array([pixels, pixels]),
+            antialiased=False,
+            with_depth=False,
+            repeats=repeats,
+            weights=np.concatenate(
+                [weights[0].permute(1, 2, 0).numpy(), np.zeros((pixels, pixels, 2), np.float32)], axis=2
+            ),
+        )
+        command = [python, str(HERE / "splax_peer.py"), f"{folder}/in.npz", f"{folder}/out.npz"]
+        subprocess.run(command, check=True, capture_output=True)
+        made = np.load(Path(folder) / "out.npz")
+    image = rasterize_cpu(gaussians, cameras[:1], (pixels, pixels), torch.ones(3)).image[0]
+    return {
+        "forward_ms": round(1e3 * float(np.median(made["forward_seconds"])), 2),
+        "gradient_ms": round(1e3 * float(np.median(made["gradient_seconds"])), 2),
+        "largest_picture_difference": float(np.abs(made["image"] - image.permute(1, 2, 0).numpy()).max()),
+    }
+
+
+def machine_rates() -> dict[str, float]:
+    """Multiply-adds and exponentials a second and core, the best of twenty."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "rates.so"
+        compiler = os.environ.get("CXX", "g++").split()
+        subprocess.run([*compiler, *FLAGS, "-o", str(library), str(HERE / "rates.cpp")], check=True)
+        rates = ctypes.CDLL(str(library)).headsplat_rates
+        fma, exp = ctypes.c_double(), ctypes.c_double()
+        best = [0.0, 0.0]
+        for _ in range(20):
+            rates(ctypes.byref(fma), ctypes.byref(exp))
+            best = [max(best[0], fma.value), max(best[1], exp.value)]
+    return {"multiply_adds": best[0], "exponentials": best[1]}
+
+
+def floor_ms(pairs: int, rates: dict[str, float]) -> float:
+    """One core's time for the arithmetic of so many lit (pixel, Gaussian) pairs, forward and backward."""
+    operations = FORWARD_OPERATIONS + BACKWARD_OPERATIONS
+    return 1e3 * pairs * (2 / rates["exponentials"] + operations / rates["multiply_adds"])
+
+
+def start_up() -> dict[str, float]:
+    """Seconds until a fresh process has drawn its first picture, without and with a build in the cache."""
+    program = (
+        "import time, torch; begin = time.perf_counter()\n"
+        "from avatars.rasterize.build import load_library; load_library()\n"
+        "print(time.perf_counter() - begin)"
+    )
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first_process", "second_process"):
+            begin = time.perf_counter()
+            ready = subprocess.run(
+                [sys.executable, "-c", program],
+                env={**os.environ, "HEADSPLAT_CACHE": folder},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            seconds[f"{name}_rasterizer_ready"] = round(float(ready), 3)
+            seconds[f"{name}_in_all_with_torch"] = round(time.perf_counter() - begin, 3)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the result")
+    parser.add_argument("--splax", help="interpreter of splax's own environment, to run it too")
+    parser.add_argument("--repeats", type=int, default=15, help="of every measurement")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    cores = os.cpu_count() or 1
+    load = [os.getloadavg()[0]]
+    rates = machine_rates()
+    scenes = []
+    for count, pixels in SCENES:
+        gaussians, cameras, weights = head(count, pixels)
+        row: dict[str, object] = {"gaussians": count, "pixels": pixels}
+        for c in (1, 8):
+            counted = count_work(gaussians, cameras[:c], (pixels, pixels))
+            floor = floor_ms(counted["pixel_pairs"], rates)
+            filled = counted["pixel_pairs"] / (counted["block_pairs"] * counted["vector_width"])
+            one = measure(rasterize_cpu, count, pixels, c, 1, options.repeats)
+            several = measure(rasterize_cpu, count, pixels, c, cores, options.repeats)
+            row[f"cameras_{c}"] = {
+                "threads_1": one,
+                f"threads_{cores}": several,
+                "speed_up_of_threads": round(one["both_ms"] / several["both_ms"], 2),
+                "work": counted,
+                "lit_share_of_lanes": round(filled, 3),
+                "floor_ms_1_thread": round(floor, 3),
+                "times_the_floor": round(one["both_ms"] / floor, 2),
+                "times_the_floor_of_full_lanes": round(one["both_ms"] / floor * filled, 2),
+            }
+        torch.set_num_threads(cores)
+        singly = [
+            sum(sum(step(rasterize_cpu, gaussians, cameras[c], weights[c : c + 1])) for c in range(8))
+            for _ in range(options.repeats)
+        ]
+        together = row["cameras_8"][f"threads_{cores}"]["both_ms"]  # type: ignore[index]
+        row["eight_calls_ms"] = round(1e3 * statistics.median(singly), 3)
+        row["eight_calls_over_one_call"] = round(1e3 * statistics.median(singly) / together, 2)
+        if (count, pixels) in PEER_SCENES:
+            ours = row["cameras_1"][f"threads_{cores}"]["both_ms"]  # type: ignore[index]
+            peers: dict[str, dict[str, float]] = {
+                "torch_tile_loop": measure(rasterize_reference, count, pixels, 1, cores, 5)
+            }
+            peers["torch_tile_loop"]["times_ours"] = round(peers["torch_tile_loop"]["both_ms"] / ours, 1)
+            if options.splax:
+                peers["splax"] = splax(options.splax, count, pixels, 5)
+                peers["splax"]["times_ours"] = round(peers["splax"]["gradient_ms"] / ours, 1)
+            row["peers"] = peers
+        load.append(os.getloadavg()[0])
+        print(json.dumps(row), flush=True)
+        scenes.append(row)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    hardware = f"{platform.machine()}-{cores}cores"
+    content = {
+        "what": "forward and backward of the CPU rasterizer with projection, medians in milliseconds",
+        "scenes": scenes,
+        "rates_per_core_and_second": rates,
+        "floor": f"lit (pixel, Gaussian) pairs x (2 exponentials + {FORWARD_OPERATIONS + BACKWARD_OPERATIONS} "
+        "multiply-adds) at the measured rates, one core; without projection, sorting and memory",
+        "start_up_seconds": start_up(),
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "load_average": [round(value, 2) for value in load],
+        "commit": commit.strip(),
+        "hardware": hardware,
+        "processor": processor(),
+        "versions": {name: version(name) for name in ("torch", "numpy")}
+        | {"python": platform.python_version(), "splax": "0.2.3" if options.splax else "not run"},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"rasterize-{hardware}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    main()
