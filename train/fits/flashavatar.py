@@ -12,19 +12,37 @@ from torch import Tensor, nn
 from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
 from avatars.flashavatar.avatar import HeadMesh
-from avatars.gaussians import SH_C0, Gaussians, rgb_to_sh
+from avatars.gaussians import Gaussians, rgb_to_sh
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
-from train.fits.look import neighbour_distance, quaternions_from_z, sample_colors, spread_colors
+from train.fits.look import neighbour_distance, sample_colors, spread_colors, surface_frames
 from train.fits.mouth import mouth_masks
 from train.fits.perceptual import load_lpips
 
-__all__ = ["FlashAvatarFit", "FlashAvatarFitConfig", "flashavatar", "flashavatar_cpu", "flashavatar_paper"]
+__all__ = [
+    "FlashAvatarFit",
+    "FlashAvatarFitConfig",
+    "flashavatar_cpu",
+    "flashavatar_gpu",
+    "flashavatar_paper",
+]
 
 THICKNESS = 0.3
 """Start of a Gaussian across the surface, as a share of its size along it (only with `look="pictures"`)."""
 MOST_LOOKED_AT = 32
 """Pictures that give the first colours; evenly spread where there are more."""
+
+
+OURS: dict[str, Any] = {
+    "look": "pictures",
+    "size": 0.5,
+    "opacity": 0.95,
+    "background": "random",
+    "keep_unseen_colors": True,
+    "expression_dropout": 0.5,
+}
+"""What our recipes share: an opaque skin in the pictures' colours to start from, and brakes on what a few pictures
+cannot know."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,17 @@ class FlashAvatarFitConfig:
     look: Literal["grey", "pictures"] = "grey"
     """Start grey, round and of `opacity`, as the authors do, or flat on the skin in the pictures' colours
     (ours)."""
+    keep_unseen_colors: bool = False
+    """What no picture shows keeps the colour of its start (ours). It gets gradients all the same, through what
+    covers it and is not quite opaque, and they paint it with noise."""
+    expression_dropout: float = 0.0
+    """How often a step hides the expression from the offset network (ours), divided by the number of pictures
+    that share an expression. Where every picture has an expression of its own the network could otherwise
+    explain each picture by itself, in a shape that no other expression and no other view fits."""
     mirror: bool = True
     """With `look="pictures"`: what no picture shows may take its colour from the other side of the face."""
+    size: float = 1.0
+    """Size at the start, as a share of the distance to the nearest neighbours."""
     opacity: float = 0.1
     """Opacity at the start."""
     background: Literal["green", "black", "white", "random"] = "green"
@@ -61,13 +88,6 @@ class FlashAvatarFitConfig:
     """Weight of LPIPS (VGG); left out, and said so, where its weights are not on this machine."""
     lpips_from: int = 15_000
     """Steps before LPIPS counts."""
-    anchor_weight: float = 0.0
-    """Pull towards the start of everything that is learned (ours): a side that no picture shows keeps its
-    first look instead of drifting with the optimiser's noise."""
-    expression_dropout: float = 0.0
-    """How often a step hides the expression from the offset network (ours). Where every picture has another
-    expression, the network could otherwise explain each picture by itself and learn nothing about the head."""
-
     sh_every: int = 500
     """Steps between degrees of spherical harmonics."""
     rate_color: float = 0.0025
@@ -88,11 +108,12 @@ class FlashAvatarFitConfig:
         for name in ("steps", "pictures_per_step", "checkpoint_every", "sh_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"FlashAvatar: {name} is {getattr(self, name)} and must be at least 1.")
-        for name in ("opacity", "final_rate", "huber_delta"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(
-                    f"FlashAvatar: {name} is {getattr(self, name)} and must be above 0, at most 1."
-                )
+        for name in ("size", "final_rate", "huber_delta"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise UserError(f"FlashAvatar: {name} is {value} and must be above 0 and at most 1.")
+        if not 0 < self.opacity < 1:
+            raise UserError(f"FlashAvatar: opacity is {self.opacity} and must be above 0 and below 1.")
 
     @property
     def method(self) -> str:
@@ -115,37 +136,30 @@ def flashavatar_paper() -> FlashAvatarFitConfig:
     return FlashAvatarFitConfig(model=paper_model())
 
 
-def flashavatar() -> FlashAvatarFitConfig:
-    """The paper's sizes and rates with our steadier start, for few pictures or many; minutes on a GPU."""
+def flashavatar_gpu() -> FlashAvatarFitConfig:
+    """The paper's sizes and rates with our start and switches, for few pictures or many; minutes on a GPU."""
     return FlashAvatarFitConfig(
-        model=FlashAvatarConfig(),
         steps=10_000,
         checkpoint_every=1_000,
-        look="pictures",
-        opacity=0.9,
-        background="random",
         lpips_from=3_000,
-        anchor_weight=1e-3,
         final_rate=0.1,
+        **OURS,
     )
 
 
 def flashavatar_cpu() -> FlashAvatarFitConfig:
-    """A small avatar in about half a minute on one CPU core, from pictures of about 100 pixels."""
+    """A small avatar in about ten seconds on one CPU core, from pictures of about 100 pixels."""
     return FlashAvatarFitConfig(
-        model=FlashAvatarConfig(uv_resolution=64, sh_degree=0, mlp_width=64, mlp_layers=3),
-        steps=600,
-        checkpoint_every=200,
-        look="pictures",
-        opacity=0.9,
-        background="random",
+        model=FlashAvatarConfig(uv_resolution=96, sh_degree=0, mlp_width=64, mlp_layers=3),
+        steps=500,
+        checkpoint_every=100,
         lpips_weight=0.0,
-        anchor_weight=1e-3,
-        rate_color=0.01,
+        rate_color=0.003,
         rate_scale=0.01,
         rate_rotation=0.003,
-        rate_offsets=1e-3,
+        rate_offsets=3e-3,
         final_rate=0.1,
+        **OURS,
     )
 
 
@@ -184,9 +198,10 @@ class FlashAvatarFit:
             model = FlashAvatar(config.model, head, identity.cpu(), inputs.expression_kind, inputs.provenance)
         self.model = model.to(device)
         self.centers = self.model.posed_centers(self.inputs.expressions)  # (P, N, 3)
+        distinct = len(self.inputs.expressions.unique(dim=0))
+        self.dropout = config.expression_dropout * distinct / len(self.inputs)
         self.mouths = self._mouths()  # (P, 1, H, W)
         self._first_look()
-        self.start = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rates = {
             "sh_dc": config.rate_color,
@@ -221,6 +236,9 @@ class FlashAvatarFit:
         loss = torch.stack(list(means.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if config.keep_unseen_colors:
+            for name in ("sh_dc", "sh_rest"):
+                self.model.get_parameter(name).grad[~self.seen] = 0  # type: ignore[index]
         self.optimizer.step()
         self.step += 1
         return {"loss": loss.item(), **{name: value.item() for name, value in means.items()}}
@@ -249,7 +267,7 @@ class FlashAvatarFit:
         config, inputs = self.config, self.inputs
         degree = min(config.model.sh_degree, self.step // config.sh_every)
         expression = inputs.expressions[picture]
-        if config.expression_dropout and torch.rand((), generator=self.generator) < config.expression_dropout:
+        if self.dropout and float(torch.rand((), generator=self.generator)) < self.dropout:
             expression = torch.zeros_like(expression)
         gaussians = self.model.deform(self.centers[picture], expression, degree)
         rendered = rasterize(gaussians, inputs.cameras[picture], inputs.size, background).image
@@ -264,18 +282,7 @@ class FlashAvatarFit:
             losses["lpips"] = (
                 config.lpips_weight * self.lpips(rendered * mask * 2 - 1, target * mask * 2 - 1).mean()
             )
-        if config.anchor_weight:
-            losses["anchor"] = config.anchor_weight * self._drift(self.centers[picture], gaussians)
         return losses
-
-    def _drift(self, centers: Tensor, gaussians: Gaussians) -> Tensor:
-        """How far Gaussians are from their start: centimetres, log-scales, colours, opacities; squared."""
-        start = self.start
-        moved = (gaussians.means - centers).square().sum(-1).mean() / 0.01**2
-        grown = (gaussians.scales.log() - start["log_scale"]).square().mean()
-        painted = (SH_C0 * (self.model.sh_dc - start["sh_dc"])).square().mean()
-        faded = (gaussians.opacities - start["opacity_logit"].sigmoid()).square().mean()
-        return moved + grown + painted + faded
 
     def _background(self) -> Tensor:
         colors = {"green": (0.0, 1.0, 0.0), "black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
@@ -303,57 +310,52 @@ class FlashAvatarFit:
 
     @torch.no_grad()
     def _first_look(self) -> None:
-        """Sets scales, opacities and, where asked for, directions and colours."""
-        config, model, inputs = self.config, self.model, self.inputs
-        opacity = torch.tensor(config.opacity)
-        model.opacity_logit.fill_(float(torch.logit(opacity)))
-        placed = model.deform(self.centers[0], inputs.expressions[0]).means
-        size = neighbour_distance(placed)
-        model.log_scale.copy_(size.log()[:, None].expand(-1, 3))
-        colors, normals = self._seen_colors(slack=3 * float(size.median()))
-        if config.look == "pictures":
-            model.quaternion.copy_(quaternions_from_z(normals))
-            model.log_scale[:, 2] += math.log(THICKNESS)
-            model.sh_dc.copy_(rgb_to_sh(colors)[:, None])
-
-    def _seen_colors(self, slack: float) -> tuple[Tensor, Tensor]:
-        """(N, 3) colours as the pictures show them, and (N, 3) normals of the first picture's surface.
+        """Sets scales, opacities and, where asked for, directions and colours.
 
         Raises:
             UserError: no picture shows any of the head.
         """
-        model = self.model
-        few = torch.linspace(0, len(self.inputs) - 1, min(len(self.inputs), MOST_LOOKED_AT)).long().unique()
-        inputs, centers = self.inputs, self.centers[few]
-        faces = model.head.faces[model.samples.triangles]  # (N, 3)
-        a, b, c = self._vertices(few)[:, faces].unbind(2)  # (P, N, 3) each
-        normals = nn.functional.normalize(torch.linalg.cross(b - a, c - a), dim=-1)
-        solid = model.deform(centers[0], inputs.expressions[few[0]])
+        config, model, inputs = self.config, self.model, self.inputs
+        count = len(inputs)
+        few = torch.linspace(0, count - 1, min(count, MOST_LOOKED_AT)).long().unique()
+        triangles = model.samples.triangles
+        corners = self._vertices(few)[:, model.head.faces[triangles]]  # (P, N, 3, 3)
+        uv = model.head.uv[model.head.uv_faces[triangles]]  # (N, 3, 2)
+        rotations, lengths, _ = surface_frames(corners[0], uv, model.samples.resolution)
+        thickness = THICKNESS * lengths.prod(1, keepdim=True).sqrt()
+        flat = torch.cat([lengths, thickness], 1)  # (N, 3)
+
+        skin = Gaussians(self.centers[0], rotations, 0.7 * flat, torch.full_like(flat[:, 0], 0.99), flat)
         depths = [
-            rasterize(
-                replace(solid, means=centers[row], opacities=torch.full_like(solid.opacities, 0.99)),
-                inputs.cameras[picture],
-                inputs.size,
-            ).depth
-            for row, picture in enumerate(few.tolist())
+            rasterize(replace(skin, means=self.centers[p]), inputs.cameras[p], inputs.size).depth
+            for p in few.tolist()
         ]
+        normals = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
         colors, weights = sample_colors(
-            centers,
-            normals,
+            self.centers[few],
+            nn.functional.normalize(normals, dim=-1),
             inputs.images[few],
             inputs.masks[few],
             torch.cat(depths),
             inputs.cameras[few],
-            slack,
+            slack=3 * float(lengths.median()),
         )
-        if not bool((weights > 0).any()):
+        self.seen = weights > 0
+        if not bool(self.seen.any()):
             raise UserError(
-                f"No picture of {inputs.subject} shows the tracked head; its cameras or its head poses do "
-                "not "
-                "belong to its pictures."
+                f"No picture of {inputs.subject} shows the tracked head; its cameras or its head poses belong to "
+                "other pictures."
             )
-        neutral = model.posed_centers(torch.zeros_like(inputs.expressions[:1]))[0]
-        return spread_colors(neutral, colors, weights, self.config.mirror), normals[0]
+
+        model.opacity_logit.fill_(math.log(config.opacity / (1 - config.opacity)))
+        if config.look == "grey":
+            placed = model.deform(self.centers[0], inputs.expressions[0]).means
+            model.log_scale.copy_((config.size * neighbour_distance(placed)).log()[:, None].expand(-1, 3))
+        else:
+            model.quaternion.copy_(rotations)
+            model.log_scale.copy_((config.size * flat).log())
+            neutral = model.posed_centers(torch.zeros_like(inputs.expressions[:1]))[0]
+            model.sh_dc.copy_(rgb_to_sh(spread_colors(neutral, colors, weights, config.mirror))[:, None])
 
 
 def _tracked_identity(config: FlashAvatarFitConfig, inputs: InputSet) -> Tensor:

@@ -14,8 +14,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from avatars.cameras import Cameras
+from avatars.gaussians import matrix_to_quaternion
 
-__all__ = ["neighbour_distance", "quaternions_from_z", "sample_colors", "spread_colors"]
+__all__ = ["neighbour_distance", "sample_colors", "spread_colors", "surface_frames"]
 
 MIN_COSINE = 0.2
 """A surface seen at a more grazing angle gives no colour: its pixels mix with what is beside it."""
@@ -29,14 +30,30 @@ def neighbour_distance(points: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(np.maximum(mean_square, 1e-7))).to(points)
 
 
-def quaternions_from_z(normals: Tensor) -> Tensor:
-    """The shortest rotation that turns +z into each unit normal: (N, 3) to (N, 4), wxyz."""
-    x, y, z = normals.unbind(-1)
-    quaternions = torch.stack([1 + z, -y, x, torch.zeros_like(z)], -1)
-    # Straight back has no shortest way; half a turn about x is one of them.
-    opposite = (1 + z)[:, None] < 1e-6
-    half_turn = torch.tensor([0.0, 1.0, 0.0, 0.0]).to(normals)
-    return nn.functional.normalize(torch.where(opposite, half_turn, quaternions), dim=-1)
+def surface_frames(corners: Tensor, uv: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ellipses that cover a surface as the pixels of its UV map do, however the map stretches them.
+
+    Args:
+        corners: (N, 3, 3) posed corners of the triangle under each sample.
+        uv: (N, 3, 2) their texture coordinates.
+        resolution: pixels along each side of the map.
+
+    Returns:
+        (N, 4) rotations wxyz that take x and y into the surface and z to its outward normal, (N, 2) half axes of one
+        pixel's ellipse in metres, and (N, 3) the normals.
+    """
+    edges = (corners[:, 1:] - corners[:, :1]).transpose(1, 2)  # (N, 3, 2)
+    uv_edges = (uv[:, 1:] - uv[:, :1]).transpose(1, 2)  # (N, 2, 2)
+    pixel = (
+        edges @ torch.linalg.pinv(uv_edges) / resolution
+    )  # (N, 3, 2): the surface moves so far in one pixel
+    normals = nn.functional.normalize(torch.linalg.cross(edges[..., 0], edges[..., 1]), dim=-1)
+    axes, lengths, _ = torch.linalg.svd(pixel, full_matrices=False)  # (N, 3, 2), (N, 2)
+    # A triangle that the map folds to nothing would get an ellipse of any length.
+    lengths = lengths.clamp(max=4 * float(lengths.median()))
+    first = axes[..., 0]
+    second = torch.linalg.cross(normals, first)
+    return matrix_to_quaternion(torch.stack([first, second, normals], -1)), lengths, normals
 
 
 def sample_colors(
@@ -60,7 +77,7 @@ def sample_colors(
         slack: metres that a point may lie behind the seen surface and still be called visible.
 
     Returns:
-        (N, 3) colours, and (N,) weights: the sum over pictures of the squared cosine, 0 for a point never
+        (N, 3) colours, and (N,) weights: the sum of the cosines' fourth powers, 0 for a point never
         seen.
     """
     height, width = images.shape[-2:]
@@ -77,7 +94,7 @@ def sample_colors(
         visible = (
             (cosine > MIN_COSINE) & (depth[0] > 0) & (seen[:, 3] > 0.99) & (depth[0] < seen[:, 4] + slack)
         )
-        weight = torch.where(visible, cosine.square(), 0.0)
+        weight = torch.where(visible, cosine**4, 0.0)  # the picture that looks straightest counts most
         colors = colors + weight[:, None] * seen[:, :3]
         weights = weights + weight
     return colors / weights.clamp_min(1e-6)[:, None], weights
