@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -67,6 +67,14 @@ class SynthOptions:
     """Side of the square pictures in pixels."""
     seed: int = 0
     """People of one seed are always the same."""
+    rig: Literal["dome", "nersemble"] = "dome"
+    """Cameras all around like Ava-256's, or up to 16 before the face like NeRSemble's."""
+    motion: Literal["random", "smooth"] = "random"
+    """Independent expressions, or one smooth sequence."""
+    quality: Literal["fast", "path"] = "fast"
+    """Baked light without noise, or path tracing through Mitsuba (seconds a picture)."""
+    workers: int | None = None
+    """Processes; one a core by default."""
 
 
 def synth(words: list[str]) -> None:
@@ -81,6 +89,10 @@ def synth(words: list[str]) -> None:
         views=options.views,
         size=options.size,
         seed=options.seed,
+        rig_name=options.rig,
+        motion=options.motion,
+        quality=options.quality,
+        workers=options.workers,
     )
     print(f"{len(made)} captures in {options.out}. Next: headsplat shards pack {options.out} SHARDS")
 
