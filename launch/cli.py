@@ -6,8 +6,6 @@ import difflib
 import sys
 from importlib import import_module
 
-from avatars.errors import UserError
-
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -56,10 +54,26 @@ def find(words: list[str]) -> tuple[str, list[str]]:
         name = " ".join(words[:length])
         if len(words) >= length and name in COMMANDS:
             return name, words[length:]
+    from avatars.errors import UserError  # here, as the room loads torch and `--help` should not
+
     asked = " ".join(words[:2]) if words[0] == "shards" else words[0]
     nearest = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.4)
     hint = f" Did you mean `headsplat {nearest[0]}`?" if nearest else ""
     raise UserError(f"There is no command {asked!r}.{hint} `headsplat --help` lists them.")
+
+
+def run(words: list[str]) -> int:
+    """Runs the command that `words` name; what a user can mend becomes a sentence and status 1."""
+    from avatars.errors import UserError
+
+    try:
+        name, rest = find(words)
+        module, function = COMMANDS[name][0].split(":")
+        command = getattr(import_module(module), function)
+        return int(command(rest) or 0)
+    except UserError as error:
+        print(f"headsplat: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def main(words: list[str] | None = None) -> int:
@@ -76,13 +90,7 @@ def main(words: list[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     try:
-        name, rest = find(words)
-        module, function = COMMANDS[name][0].split(":")
-        command = getattr(import_module(module), function)
-        return int(command(rest) or 0)
-    except UserError as error:
-        print(f"headsplat: {error}", file=sys.stderr, flush=True)
-        return 1
+        return run(words)
     except KeyboardInterrupt:
         print("headsplat: interrupted", file=sys.stderr)
         return 130
