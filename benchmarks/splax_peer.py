@@ -1,19 +1,23 @@
 """splax on a CPU: the independent rasterizer that ours is compared with, in an environment of its own.
 
-splax 0.2.3 (MIT) is JAX and Warp for NVIDIA devices; with two switches it also runs on a CPU. It must not share
-an environment with this project:
+splax 0.2.3 (MIT) is JAX and Warp for NVIDIA devices; with two switches it also runs on a CPU. It must not
+share an environment with this project:
 
     python -m venv ENV
-    ENV/bin/pip install jax jaxlib warp-lang imageio plyfile numpy && ENV/bin/pip install --no-deps splax==0.2.3
+    ENV/bin/pip install jax jaxlib warp-lang imageio plyfile numpy
+    ENV/bin/pip install --no-deps splax==0.2.3
     ENV/bin/python benchmarks/splax_peer.py IN.npz OUT.npz
 
-IN.npz holds means, quats, scales, opacities, harmonics (N, K, 3), K (3, 3), world_to_camera, background, size,
-antialiased, repeats, and the weights (H, W, 5) of image, depth and alpha in the scalar that is differentiated.
+IN.npz holds means, quats, scales, opacities, harmonics (N, K, 3), K (3, 3), world_to_camera, background,
+size, antialiased, with_depth, repeats, realtime, and the weights (H, W, 5) of image, depth and alpha in the
+scalar that is differentiated.
 OUT.npz gets image (H, W, 3), depth, alpha, v_<field> for the activated fields, and seconds of each repeat.
 """
 
+import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +26,9 @@ import warp
 warp.config.enable_cpu_blocks = True  # without it the picture is wrong
 warp.config.quiet = True
 warp.JaxCallableGraphMode = type(
-    "GraphMode", (), dict.fromkeys(("WARP", "NONE", "JAX"), warp.JaxCallableGraphMode.NONE)
+    "GraphMode",
+    (),
+    dict.fromkeys(("WARP", "NONE", "JAX"), warp.JaxCallableGraphMode.NONE),
 )
 
 import jax.numpy as jnp  # noqa: E402
@@ -68,8 +74,14 @@ def main() -> None:
     image, alpha = jax.block_until_ready(forward(*parameters))
     v = [np.asarray(g) for g in jax.block_until_ready(gradient(*parameters))]
     times: dict[str, list[float]] = {"forward_seconds": [], "gradient_seconds": []}
+    if given.get("realtime"):  # see benchmarks/rasterize.py
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, os.sched_param(1))
     for _ in range(int(given["repeats"])):
-        for name, function in (("forward_seconds", forward), ("gradient_seconds", gradient)):
+        for name, function in (
+            ("forward_seconds", forward),
+            ("gradient_seconds", gradient),
+        ):
             begin = time.perf_counter()
             jax.block_until_ready(function(*parameters))
             times[name].append(time.perf_counter() - begin)

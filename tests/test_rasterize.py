@@ -24,6 +24,15 @@ from tests.rasterize_scenes import (
 SIZE = (53, 70)  # neither a multiple of a tile nor of a vector
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def compare(gaussians, cameras, size=SIZE, mode="classic", background=None, **tolerances):
     background = torch.tensor([0.9, 0.2, 0.5]) if background is None else background
     actual, v_actual = draw(rasterize_cpu, gaussians, cameras, size, background, mode)

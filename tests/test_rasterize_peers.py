@@ -17,6 +17,15 @@ from tests.rasterize_scenes import assert_gradients_close, assert_pictures_close
 GOLDEN = Path(__file__).parent / "golden" / "splax.npz"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("mode", ["classic", "antialiased"])
 @pytest.mark.parametrize("rasterizer", [rasterize_cpu, rasterize_reference])
 def test_agrees_with_splax(rasterizer, mode):

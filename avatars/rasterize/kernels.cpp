@@ -45,7 +45,7 @@ constexpr int TILE = 16, TILE_PIXELS = TILE * TILE;
 constexpr int BLOCK_W = 4, BLOCK_H = V / BLOCK_W;
 constexpr int BLOCKS_X = TILE / BLOCK_W, BLOCKS = TILE_PIXELS / V;
 constexpr int CHUNK = 1024;           // Gaussians that one task projects
-constexpr int RANKS = 4096;           // visible Gaussians that one task sorts into tiles
+constexpr int MIN_RANKS = 1024, MAX_RANK_CHUNKS = 32;  // visible Gaussians that one task sorts into tiles
 constexpr int AHEAD = 8;              // entries that are fetched before they are needed
 constexpr int SUMS = 16;              // floats of one pair's slot: ten sums, padded to a cache line
 static_assert(CHUNK % V == 0 && BLOCKS <= 32);
@@ -120,7 +120,7 @@ struct Lists {
     Buffer<uint32_t> slot_begin;      // [cameras][padded + 1], by Gaussian
     Buffer<uint32_t> cursor;          // [cameras][rank chunks][tiles]
     std::vector<std::vector<uint32_t>> lit_tiles;  // [cameras][rank chunks], of each rank in turn
-    int rank_chunks;                  // a camera has at most so many
+    int ranks, rank_chunks;           // Gaussians in a rank chunk, and chunks that a camera has at most
     Buffer<uint64_t> tile_begin;      // [cameras][tiles + 1], into the camera's entries
     Buffer<Entry> entries;
     Buffer<uint32_t> lit;             // blocks that received light, one mask an entry
@@ -623,11 +623,11 @@ void order_camera(Lists& lists, int c) {
     std::fill_n(lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1), lists.padded + 1, 0u);
 }
 
-// Puts RANKS splats of one camera in depth order and notes the tiles that they light.
+// Puts one chunk of a camera's splats in depth order and notes the tiles that they light.
 void find_tiles(Lists& lists, int c, int chunk) {
     const int64_t base = c * static_cast<int64_t>(lists.padded);
     const int tiles = lists.tiles_x * lists.tiles_y, part = c * lists.rank_chunks + chunk;
-    const uint32_t begin = chunk * RANKS, end = std::min<uint32_t>(begin + RANKS, lists.visible[c]);
+    const uint32_t begin = chunk * lists.ranks, end = std::min<uint32_t>(begin + lists.ranks, lists.visible[c]);
     const Key* keys = lists.keys.data() + base;
     const Splat* found = lists.found.data() + base;
     uint32_t* slots = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
@@ -650,7 +650,7 @@ void find_tiles(Lists& lists, int c, int chunk) {
 // Where every tile's and every chunk's part of the entries begins. Returns the number of the camera's entries.
 uint64_t lay_out_camera(Lists& lists, int c) {
     const int tiles = lists.tiles_x * lists.tiles_y;
-    const int chunks = static_cast<int>((lists.visible[c] + RANKS - 1) / RANKS);
+    const int chunks = static_cast<int>((lists.visible[c] + lists.ranks - 1) / lists.ranks);
     uint32_t* cursor = lists.cursor.data() + static_cast<int64_t>(c) * lists.rank_chunks * tiles;
     uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1);
     uint64_t sum = 0;
@@ -675,7 +675,7 @@ uint64_t lay_out_camera(Lists& lists, int c) {
 
 void fill_tiles(Lists& lists, int c, int chunk) {
     const int tiles = lists.tiles_x * lists.tiles_y, part = c * lists.rank_chunks + chunk;
-    const uint32_t begin = chunk * RANKS, end = std::min<uint32_t>(begin + RANKS, lists.visible[c]);
+    const uint32_t begin = chunk * lists.ranks, end = std::min<uint32_t>(begin + lists.ranks, lists.visible[c]);
     const uint32_t* slot_begin = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
     uint32_t* cursor = lists.cursor.data() + part * static_cast<int64_t>(tiles);
@@ -1216,7 +1216,8 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
         l.keys.resize(cameras * padded);
         l.keys_2.resize(cameras * padded);
         l.slot_begin.resize(cameras * (padded + 1));
-        l.rank_chunks = static_cast<int>((padded + RANKS - 1) / RANKS);
+        l.ranks = std::max(MIN_RANKS, static_cast<int>((padded + MAX_RANK_CHUNKS - 1) / MAX_RANK_CHUNKS));
+        l.rank_chunks = static_cast<int>((padded + l.ranks - 1) / l.ranks);
         l.cursor.resize(cameras * l.rank_chunks * tiles);
         l.lit_tiles.resize(static_cast<size_t>(cameras) * l.rank_chunks);
         l.tile_begin.resize(cameras * (tiles + 1));
@@ -1239,7 +1240,7 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
             const auto each_rank_chunk = [&](const auto& work) {
                 team.each(static_cast<int64_t>(cameras) * l.rank_chunks, [&](int64_t i) {
                     const int c = static_cast<int>(i / l.rank_chunks), chunk = static_cast<int>(i % l.rank_chunks);
-                    if (static_cast<uint32_t>(chunk) * RANKS < l.visible[c]) work(c, chunk);
+                    if (static_cast<uint32_t>(chunk) * l.ranks < l.visible[c]) work(c, chunk);
                 });
             };
             each_rank_chunk([&](int c, int chunk) {
