@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from avatars.errors import UserError
 
 __all__ = ["ray_session"]
 
+PREFIX = "headsplat-ray-"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Jobs and results are small dictionaries; Ray's default would take a third of the memory."""
 
@@ -35,7 +37,7 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[None]:
         gpus: GPUs that a private Ray offers.
 
     Raises:
-        UserError: `RAY_ADDRESS` names a cluster that does not answer or refuses the token.
+        UserError: `RAY_ADDRESS` names a cluster that does not answer or refuses the token, or Ray cannot start.
     """
     # Actors that ask for no GPU get CUDA_VISIBLE_DEVICES from us; this keeps Ray from warning about its own
     # default.
@@ -45,19 +47,15 @@ def ray_session(cpus: float, gpus: float = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    folder = None
-    try:
-        with _without_reports_on_workers():
-            if address := os.environ.get("RAY_ADDRESS"):
-                _connect(address)
-            else:
-                folder = _private_folder()
-                _start_private(cpus, gpus, folder)
-            yield
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with _without_reports_on_workers(), ExitStack() as stack:
+        if address := os.environ.get("RAY_ADDRESS"):
+            stack.callback(ray.shutdown)
+            _connect(address)
+        else:
+            folder = stack.enter_context(_private_folder())
+            stack.callback(ray.shutdown)
+            _start_private(cpus, gpus, folder)
+        yield
 
 
 def _connect(address: str) -> None:
@@ -95,6 +93,11 @@ def _start_private(cpus: float, gpus: float, folder: Path) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
         )
+    except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"Ray could not be started on this machine: {str(error).splitlines()[0]} Look for a lack of memory, of "
+            "processes or of space in the temporary folder."
+        ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster
 
@@ -118,7 +121,30 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-def _private_folder() -> Path:
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for Ray's files, gone at the end; also removes what drivers that were killed left."""
     # Ray's sockets lie 70 characters deeper, and the kernel takes at most 107 for a socket's path.
-    parent = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="headsplat-", dir=parent if len(parent) <= 16 else "/tmp"))
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > 16:
+        parent = Path("/tmp")
+    for left in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder; the lock falls with its process, however that ends. OSError: another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

@@ -281,11 +281,45 @@ def test_a_private_ray_listens_on_this_machine_only_and_leaves_nothing(tmp_path)
     assert not (tmp_path / ".ray").exists()  # no token in the home directory
 
 
+def test_the_folder_of_a_driver_that_was_killed_is_removed_by_the_next_one(monkeypatch, tmp_path):
+    import tempfile
+
+    from cluster import session
+
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp")
+    left = Path(tempfile.mkdtemp(prefix=session.PREFIX, dir="/tmp"))
+    with session._private_folder() as mine:
+        assert not left.exists()
+        with session._private_folder() as other:
+            assert mine.exists()  # it is held, so it is nobody's to remove
+            assert other != mine
+    assert not mine.exists()
+
+
+def test_a_ray_that_cannot_start_is_a_sentence(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+    def fail(**_):
+        raise RuntimeError("no memory\nand a page of advice")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with (
+        pytest.raises(UserError, match="Ray could not be started on this machine: no memory"),
+        ray_session(1),
+    ):
+        pass
+
+
 def test_ray_address_that_does_not_answer_is_a_sentence(monkeypatch):
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
 
     def refuse(**_):
         raise ConnectionError("Could not connect to 127.0.0.1:1\nand a page of advice")
