@@ -36,7 +36,7 @@ MOST_LOOKED_AT = 32
 OURS: dict[str, Any] = {
     "look": "pictures",
     "size": 0.5,
-    "opacity": 0.95,
+    "opacity": 0.98,
     "background": "random",
     "keep_unseen_colors": True,
     "expression_dropout": 0.5,
