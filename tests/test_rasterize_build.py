@@ -1,5 +1,6 @@
 """The build of the compiled rasterizer: found again, made once by many, harmed by nobody's death."""
 
+import importlib
 import os
 import signal
 import stat
@@ -11,9 +12,12 @@ import warnings
 import pytest
 import torch
 
-import avatars.rasterize as dispatch
 from avatars.rasterize import build, rasterize
 from tests.rasterize_scenes import orbit, shell
+
+dispatch = importlib.import_module(
+    "avatars.rasterize"
+)  # the package's attribute of that name is the function
 
 DRAW = """
 import torch
