@@ -276,8 +276,11 @@ def main() -> None:
         "what": "forward and backward of the CPU rasterizer with projection, medians in milliseconds",
         "scenes": scenes,
         "rates_per_core_and_second": rates,
-        "floor": "lit (pixel, Gaussian) pairs x (2 exponentials + "
-        f"{FORWARD_OPERATIONS + BACKWARD_OPERATIONS} multiply-adds) at the measured rates, one core; without projection, sorting and memory",
+        "floor": "lit (pixel, Gaussian) pairs at the measured rates, one core; no projection, sorting or memory",
+        "operations_per_pair": {
+            "exponentials": 2,
+            "multiply_adds": FORWARD_OPERATIONS + BACKWARD_OPERATIONS,
+        },
         "start_up_seconds": start_up(),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "realtime_priority": options.realtime,
