@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 HEADSPLAT := $(BIN)/headsplat
 
-RECIPE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo avat3r || echo avat3r-cpu)
+# The paper's scale needs GPUs and data; everything else trains the small recipe on demo captures.
+RECIPE ?= $(if $(DATA),$(shell nvidia-smi -L >/dev/null 2>&1 && echo avat3r || echo avat3r-cpu),avat3r-cpu)
 METHOD ?= flashavatar
 NODES ?= 1
 OUT ?= work
