@@ -60,4 +60,6 @@ def test_public_names_are_where_the_design_says():
 
     functions = (load_avatar, rasterize, metrics.psnr, open_shards, pack, plan, read_capture, train)
     assert all(callable(thing) for thing in functions)
-    assert all(isinstance(thing, type) for thing in (Cameras, Gaussians, ParametricHead, Protocol, Manifest, Task))
+    assert all(
+        isinstance(thing, type) for thing in (Cameras, Gaussians, ParametricHead, Protocol, Manifest, Task)
+    )
