@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -45,6 +46,13 @@ class TrainOptions:
 
 def train(words: list[str]) -> int:
     """`headsplat train RECIPE --data D --run R [--dotted.overrides]`."""
+    if words and words[0] in ("-h", "--help"):
+        print("usage: headsplat train RECIPE --data SHARDS --run FOLDER [overrides]\n")
+        print(
+            "\n".join(f"  {name:<14}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
+        )
+        print("\n`headsplat train RECIPE --help` tells every field of a recipe.")
+        return 0
     if not words or words[0].startswith("-"):
         raise UserError(f"Name a recipe: headsplat train RECIPE. There are {', '.join(RECIPES)}.")
     config = find_recipe(words[0])
@@ -53,8 +61,6 @@ def train(words: list[str]) -> int:
         default = replace(default, data=Path(), run=Path())
     options = parse(TrainOptions, words[1:], f"train {words[0]}", default)
     if options.print_config:
-        import json
-
         print(json.dumps(options.config.to_json(), indent=1))
         return 0
     return train_rank(options)
@@ -173,11 +179,17 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     status = subprocess.run(command, env=rank_environment()).returncode
     if status != 0:
         raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
-    if not (run / "export" / "model.json").is_file():
+    if exported_step(run) < config.steps:
         raise UserError(
             f"The training in {run} was stopped before its last step; the same command goes on from there."
         )
     return shards, run
+
+
+def exported_step(run: Path) -> int:
+    """The step of the network that a run has exported, 0 where it has none."""
+    description = run / "export" / "model.json"
+    return int(json.loads(description.read_text())["provenance"]["step"]) if description.is_file() else 0
 
 
 def deepspeed_command(

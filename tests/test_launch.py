@@ -94,6 +94,12 @@ def test_a_recipe_is_what_it_is_called(name):
     assert find_recipe(name).recipe == name
 
 
+def test_train_help_names_the_recipes(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+
+
 def test_a_recipe_prints_its_whole_configuration(capsys):
     assert main(["train", "avat3r-tiny", "--print-config", "--model.width", "128"]) == 0
     assert '"width": 128' in capsys.readouterr().out

@@ -1,13 +1,20 @@
 """What the README says is what there is: every command in it runs, every file is in its map."""
 
 import ast
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+
+from launch.preflight import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -97,3 +104,43 @@ def test_the_file_map_is_what_there_is():
 def test_pictures_of_the_readme_are_there():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file()
+
+
+@pytest.mark.e2e
+def test_the_dashboard_serves_what_was_measured(workspace):
+    # After the commands above: two methods in one experiment of the evaluation protocol.
+    port = free_port(None)
+    words = ["make", "dashboard", f"OUT={workspace}", f"VENV={Path(sys.executable).parent.parent}"]
+    server = subprocess.Popen([*words, f"ARGS=--port {port}"], cwd=ROOT, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}/api/2.0/mlflow"
+        experiments = answer(server, f"{address}/experiments/search?max_results=50")["experiments"]
+        (protocol,) = [e for e in experiments if e["name"].startswith("synthetic-heldout")]
+        query = {"experiment_ids": [protocol["experiment_id"]]}
+        runs = answer(server, f"{address}/runs/search", query)["runs"]
+        psnr = {run["info"]["run_name"].split()[0] for run in runs if has_metric(run, "eval/psnr")}
+        assert {"avat3r", "flashavatar"} <= psnr
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answer(server: subprocess.Popen, address: str, query: dict | None = None) -> dict:
+    """The JSON that a server gives, asked again while it starts."""
+    request = urllib.request.Request(
+        address,
+        data=None if query is None else json.dumps(query).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    while True:
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)
+        except urllib.error.URLError:
+            if server.poll() is not None:
+                raise
+            time.sleep(0.5)
+
+
+def has_metric(run: dict, name: str) -> bool:
+    return any(metric["key"] == name for metric in run["data"].get("metrics", []))

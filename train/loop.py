@@ -137,7 +137,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
                 )
         with whole_weights(engine, config.zero_stage):
             if rank == 0:
-                task.export(engine.module, run / "export", provenance | {"step": config.steps})
+                task.export(engine.module, run / "export", provenance | {"step": max(first, config.steps)})
         dist.barrier()
 
 
