@@ -4,7 +4,7 @@
 
 Every figure is the median over repeats in one run, projection included. Run it on an otherwise idle machine, or
 with --realtime, which holds other processes off the cores for the seconds in which something is measured, peers
-too. With --splax, the interpreter of an environment made as `benchmarks/splax_peer.py` says, splax draws the
+too. With --splax, the interpreter of an environment made as `benchmarks/peers/splax_peer.py` says, splax draws the
 same scenes.
 """
 
@@ -154,7 +154,7 @@ def splax(python: str, count: int, pixels: int, repeats: int, realtime: bool) ->
         )
         command = [
             python,
-            str(HERE / "splax_peer.py"),
+            str(HERE / "peers" / "splax_peer.py"),
             f"{folder}/in.npz",
             f"{folder}/out.npz",
         ]

@@ -2,7 +2,7 @@
 
     python tests/golden/make_splax.py PYTHON_OF_SPLAX
 
-See benchmarks/splax_peer.py for how to make that environment.
+See benchmarks/peers/splax_peer.py for how to make that environment.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-PEER = HERE.parent.parent / "benchmarks" / "splax_peer.py"
+PEER = HERE.parent.parent / "benchmarks" / "peers" / "splax_peer.py"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ share an environment with this project:
     python -m venv ENV
     ENV/bin/pip install jax jaxlib warp-lang imageio plyfile numpy
     ENV/bin/pip install --no-deps splax==0.2.3
-    ENV/bin/python benchmarks/splax_peer.py IN.npz OUT.npz
+    ENV/bin/python benchmarks/peers/splax_peer.py IN.npz OUT.npz
 
 IN.npz holds means, quats, scales, opacities, harmonics (N, K, 3), K (3, 3), world_to_camera, background,
 size, antialiased, with_depth, repeats, realtime, and the weights (H, W, 5) of image, depth and alpha in the
