@@ -37,8 +37,9 @@ def workspace(tmp_path_factory):
 def as_tiny(command: str, workspace: Path) -> str:
     """The same command in a workspace of its own, on data small enough for a test."""
     made = sorted((workspace / "shards").glob("demo-*"))
-    command = command.replace("work/shards/demo-128", str(made[0]) if made else "").replace(
-        "work/", f"{workspace}/"
+    shards = str(made[0]) if made else "there are no shards"
+    command = re.sub(
+        "work/(shards/demo-128)?", lambda match: shards if match[1] else f"{workspace}/", command
     )
     command = command.replace(".venv/bin/headsplat", f"{sys.executable} -m launch.cli")
     if command.startswith("make "):
