@@ -1,5 +1,6 @@
 """Real trainings of a tiny network: two ranks under the DeepSpeed launcher, killed, resumed, refused."""
 
+import fcntl
 import json
 import math
 import os
@@ -133,6 +134,15 @@ def test_what_does_not_fit_is_told_once(straight, tiny_shards, tmp_path, overrid
     assert status == 1
     assert sentence in output
     assert output.count("headsplat:") == 1
+    assert "Traceback" not in output
+
+
+def test_a_run_folder_that_is_in_use(tiny_shards, tmp_path):
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        status, output = finish(start(tiny_shards, tmp_path, ranks=None))
+    assert status == 1
+    assert f"Another training is running in {tmp_path}" in output
     assert "Traceback" not in output
 
 
