@@ -133,5 +133,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    default = Path(__file__).parent / "results" / f"synth-{platform.machine()}-{os.cpu_count()}core.json"
+    default = Path(__file__).parent / "results" / f"synth-{platform.machine()}-{os.cpu_count()}cores.json"
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
