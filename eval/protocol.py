@@ -7,7 +7,6 @@ were measured on the same pictures in the same way; rows of two ids never share 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from avatars.cameras import Cameras
 from avatars.errors import UserError
+from avatars.files import write_whole
 from eval.hashing import canonical_json, short_hash
 from eval.metrics import AKD, CSIM, LPIPS, PSNR, PSNR_MASKED, SSIM, SSIM_MASKED, Definition
 
@@ -144,12 +144,7 @@ def data_hash(shards: ShardSet) -> str:
 
 def write_protocol(protocol: Protocol, path: Path) -> None:
     """Writes the protocol with its id as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(
-        json.dumps({"id": protocol.id, **protocol.as_dict()}, indent=1) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_whole(path, json.dumps({"id": protocol.id, **protocol.as_dict()}, indent=1) + "\n")
 
 
 def read_protocol(path: Path) -> Protocol:

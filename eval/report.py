@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from avatars.errors import UserError
+from avatars.files import write_whole
 from eval.metrics import DEFINITIONS
 from eval.rows import Row, check_one_protocol, mean_values, row_folder
 from eval.sheets import comparison_sheet
@@ -97,9 +98,9 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
         sheet.save(picture)
         markdown += [f"## {name}", "", compared, "", f"![methods side by side]({picture.name})", ""]
         body.append(_section(name, mine, compared, sheet, results))
-    _write(folder / "report.md", "\n".join(markdown))
+    write_whole(folder / "report.md", "\n".join(markdown))
     page = folder / "report.html"
-    _write(page, PAGE.replace("{{body}}", "\n".join(body)))
+    write_whole(page, PAGE.replace("{{body}}", "\n".join(body)))
     return page
 
 
@@ -224,12 +225,6 @@ def _embedded(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 PAGE = """<!doctype html>

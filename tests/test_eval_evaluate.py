@@ -50,7 +50,7 @@ class Ball:
         )
 
     def save(self, folder: Path) -> None:
-        raise NotImplementedError
+        raise AssertionError("an evaluation saves no avatar")
 
 
 @dataclass

@@ -7,7 +7,6 @@ generators, and `meta.json`; `checkpoints/LATEST` names the newest whole one and
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
+from avatars.files import write_whole
 from train.telemetry import SharedFailure
 
 __all__ = ["Meta", "latest", "load", "save"]
@@ -106,12 +106,12 @@ def save(engine: Any, run: Path, meta: Meta, keep: int) -> Path:
         torch.save(_random_state(), partial / f"state-rank{rank}.pt")
         dist.barrier()
         if rank == 0:
-            _write(partial / "meta.json", json.dumps(asdict(meta), indent=1) + "\n")
+            write_whole(partial / "meta.json", json.dumps(asdict(meta), indent=1) + "\n")
             final = root / name
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            _write(root / POINTER, name + "\n")
+            write_whole(root / POINTER, name + "\n")
             _prune(root, keep)
         dist.barrier()
     except (OSError, RuntimeError) as error:
@@ -162,16 +162,6 @@ def _require_space(engine: Any, run: Path) -> None:
             f"No space for a checkpoint in {run}: it takes up to {need / 2**20:.0f} MiB and {free[0] / 2**20:.0f} MiB "
             f"are free. {rest}; free space and run the same command again."
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step, on the disk before it is seen."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from shards import Manifest
 
@@ -34,6 +34,3 @@ class Task(Protocol):
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes the trained network for `avatars` to load."""
         ...
-
-
-LossParts = tuple[Tensor, dict[str, Tensor]]

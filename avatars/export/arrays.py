@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 
-__all__ = ["as_array", "logit", "make_gaussians", "write_whole"]
+__all__ = ["as_array", "logit", "make_gaussians"]
 
 
 def as_array(tensor: Tensor) -> NDArray[np.float32]:
@@ -51,17 +50,3 @@ def make_gaussians(
     return Gaussians(
         *(torch.from_numpy(np.array(values, dtype=np.float32, order="C")) for values in fields.values())
     )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file in one step: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.write(content)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    partial.chmod(0o644)
-    partial.replace(path)

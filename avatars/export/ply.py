@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from avatars.errors import UserError
-from avatars.export.arrays import as_array, logit, make_gaussians, write_whole
+from avatars.export.arrays import as_array, logit, make_gaussians
+from avatars.files import write_whole
 from avatars.gaussians import Gaussians, rgb_to_sh
 
 __all__ = ["read_ply", "write_ply"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from avatars.errors import UserError
-from avatars.export.arrays import as_array, make_gaussians, write_whole
+from avatars.export.arrays import as_array, make_gaussians
+from avatars.files import write_whole
 from avatars.gaussians import Gaussians, sh_to_rgb
 
 __all__ = ["read_splat", "write_splat"]

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from avatars.errors import UserError
-from avatars.export.arrays import as_array, make_gaussians, write_whole
+from avatars.export.arrays import as_array, make_gaussians
+from avatars.files import write_whole
 from avatars.gaussians import Gaussians, rgb_to_sh, sh_basis
 
 __all__ = ["read_spz", "write_spz"]

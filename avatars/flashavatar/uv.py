@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avatars.head.geometry import rasterize_uv
+
 __all__ = ["UVSamples", "sample_uv"]
 
 
@@ -67,37 +69,13 @@ def sample_uv(uv: Tensor, uv_faces: Tensor, resolution: int, excluded: Tensor | 
     Returns:
         The samples. Where triangles overlap in UV, the first one in `uv_faces` has the pixel.
     """
-    corners = uv.double()[uv_faces] * resolution  # (F, 3, 2) in pixels; a pixel centre is at i + 0.5
-    lowest = (corners.amin(1) - 0.5).ceil().clamp(0, resolution).long()  # first centre inside the box
-    highest = (corners.amax(1) - 0.5).floor().clamp(-1, resolution - 1).long()
-    extent = (highest - lowest + 1).clamp_min(0)  # (F, 2) columns, rows
-    counts = extent.prod(1)
-
-    # One row for each (triangle, pixel of its bounding box); the boxes together are a few times the map.
-    triangle = torch.repeat_interleave(torch.arange(len(counts), device=uv.device), counts)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    within = torch.arange(len(triangle), device=uv.device) - first
-    column = lowest[triangle, 0] + within % extent[triangle, 0]
-    row_from_bottom = lowest[triangle, 1] + within // extent[triangle, 0]
-
-    a, b, c = corners[triangle].unbind(1)
-    point = torch.stack([column, row_from_bottom], -1) + 0.5
-    area = _cross(b - a, c - a)
-    weights = torch.stack([_cross(c - b, point - b), _cross(a - c, point - c), _cross(b - a, point - a)], -1)
-    weights = weights / area[:, None]  # dividing by the signed area makes either winding work
-    inside = (weights >= 0).all(1) & (area != 0)
-
-    triangle, weights = triangle[inside], weights[inside]
-    pixel = ((resolution - 1 - row_from_bottom) * resolution + column)[inside]
-
-    # A stable sort by pixel keeps the triangles of one pixel in face order, so "first" is well defined.
-    pixel, order = torch.sort(pixel, stable=True)
-    keep = torch.ones_like(pixel, dtype=torch.bool)
-    keep[1:] = pixel[1:] != pixel[:-1]
+    layout = uv.double().cpu().numpy(), uv_faces.cpu().numpy()
+    triangle, weights = map(torch.from_numpy, rasterize_uv(*layout, resolution))
+    triangle = triangle.flatten().to(uv.device)
+    keep = triangle >= 0
     if excluded is not None:
-        keep &= ~excluded[triangle[order]]
-    return UVSamples(triangle[order][keep], weights[order][keep].float(), pixel[keep], resolution)
-
-
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+        keep &= ~excluded[triangle]  # -1, where nothing covers the pixel, is false already
+    pixels = keep.nonzero()[:, 0]
+    return UVSamples(
+        triangle[pixels], weights.flatten(0, 1).to(uv.device)[pixels].float(), pixels, resolution
+    )

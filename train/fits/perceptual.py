@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from eval.metrics import LPIPS_VGG
 from eval.networks import NotAvailable, find_weights, lpips_network
 
 __all__ = ["load_lpips"]
-
-VGG16 = ("vgg16-397923af.pth", "397923af")
-"""torchvision's ImageNet weights and the start of their hash; the linear heads come with the lpips
-package."""
 
 
 def load_lpips() -> tuple[nn.Module | None, str]:
@@ -20,7 +17,7 @@ def load_lpips() -> tuple[nn.Module | None, str]:
         The network and an empty string, or None and the reason why there is none. Never random weights.
     """
     try:
-        weights, _ = find_weights(*VGG16)
+        weights, _ = find_weights(*LPIPS_VGG.weights[0])
         return lpips_network("vgg", weights, "")[0], ""
     except NotAvailable as reason:
         return None, str(reason)
