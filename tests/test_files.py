@@ -13,7 +13,7 @@ def test_text_and_bytes_are_written_and_replaced(tmp_path):
     assert path.read_bytes() == "größer\n".encode()
     write_whole(path, b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
-    assert os.listdir(path.parent) == ["file"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -27,4 +27,4 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_whole(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
