@@ -72,7 +72,7 @@ def train_rank(options: TrainOptions) -> int:
 
     from train.loop import Preempted, single_process_environment
     from train.loop import train as run_loop
-    from train.tasks.avat3r import Avat3rTask
+    from train.tasks import task_for
     from train.telemetry import RunLog
 
     single_process_environment()
@@ -85,7 +85,7 @@ def train_rank(options: TrainOptions) -> int:
     log = RunLog(options.run, rank)
     try:
         with tracked(options, rank) as log.tracker:
-            run_loop(Avat3rTask(config.model, config.loss), config, options.data, options.run, log)
+            run_loop(task_for(config), config, options.data, options.run, log)
     except Preempted as stop:
         log.say(str(stop))
         return PREEMPTED
@@ -162,7 +162,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
         UserError: a check failed, or the training ended without finishing.
     """
     from shards import Manifest
-    from train.tasks.avat3r import Avat3rTask
+    from train.tasks import task_for
 
     config = find_recipe(options.recipe)
     check_hosts(options.nodes, options.hostfile)
@@ -174,7 +174,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     given = TrainOptions(config=config, data=Path(), run=Path())
     config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
     shards = shards_for(options.data, workspace, config.model.size, options.demo)
-    Avat3rTask(config.model, config.loss).check(Manifest.load(shards))
+    task_for(config).check(Manifest.load(shards))
     command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
     status = subprocess.run(command, env=rank_environment()).returncode
     if status != 0:

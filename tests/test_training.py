@@ -19,7 +19,7 @@ from train.checkpoint import latest
 from train.config import OptimizerConfig, learning_rate
 from train.deepspeed_config import check_top_level, deepspeed_json
 from train.loop import losses, require_finite
-from train.tasks.avat3r import Avat3rTask
+from train.tasks import task_for
 from train.telemetry import SharedFailure
 
 GOLDEN = Path(__file__).parent / "golden" / "avat3r-tiny.json"
@@ -150,7 +150,7 @@ def test_a_run_folder_that_is_in_use(tiny_shards, tmp_path):
 def test_every_recipe_can_be_built(name):
     config = find_recipe(name)
     with torch.device("meta"):
-        module = Avat3rTask(config.model, config.loss).build()
+        module = task_for(config).build()
     assert sum(p.numel() for p in module.parameters()) > 1000
     values = deepspeed_json(config, 8)
     assert values["train_batch_size"] == 8 * config.accumulate * config.data.micro_batch

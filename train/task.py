@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from shards import Manifest
 
@@ -29,6 +29,17 @@ class Task(Protocol):
 
     def build(self) -> nn.Module:
         """A module whose `forward(batch)` returns the loss and its parts as scalars, ready for DeepSpeed."""
+        ...
+
+    def dry_pass(self, *, recompute: bool) -> Tensor:
+        """Runs the network alone (no rasterizer, no loss) on one made-up example on the meta device.
+
+        Args:
+            recompute: with activation checkpointing where the configuration has it.
+
+        Returns:
+            A scalar whose `backward` is the network's backward.
+        """
         ...
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.rasterize import rasterize
 from shards import Manifest
-from train.config import LossConfig
+from train.config import LossConfig, TrainConfig
 from train.losses import picture_loss
 from train.task import Batch
 
 __all__ = ["Avat3rTask", "views_from_batch"]
+
+INPUT_VIEWS = 4  # pictures of a person (Avat3r section 4.1)
 
 
 def views_from_batch(batch: Batch) -> Views:
@@ -57,7 +60,7 @@ class Avat3rWithLoss(nn.Module):
             cameras = Cameras(batch["target_K"][index], batch["target_world_to_camera"][index])
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
         loss, parts = picture_loss(torch.cat(pictures), targets.flatten(0, 1), self.loss)
-        parts["gaussians"] = maps.keep.float().sum() / targets.shape[0]
+        parts["gaussians"] = maps.anchors.keep.float().sum() / targets.shape[0]
         return loss, parts
 
 
@@ -66,9 +69,9 @@ class Avat3rTask:
 
     name = "avat3r"
 
-    def __init__(self, config: Avat3rConfig, loss: LossConfig) -> None:
-        self.config = config
-        self.loss = loss
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config.model
+        self.loss = config.loss
 
     def check(self, manifest: Manifest) -> None:
         """Pictures and expression codes must be of the network's size, and priors there if it needs them.
@@ -100,6 +103,24 @@ class Avat3rTask:
     def build(self) -> nn.Module:
         """The network with its loss."""
         return Avat3rWithLoss(self.config, self.loss)
+
+    def dry_pass(self, *, recompute: bool) -> Tensor:
+        """The network on four pictures of one person, on the meta device."""
+        config = self.config
+        keep = config.checkpoint_activations and recompute
+        with torch.device("meta"):
+            model = Avat3r(replace(config, checkpoint_activations=keep))
+            pictures = torch.empty(1, INPUT_VIEWS, 3, config.size, config.size)
+            features = torch.empty(1, INPUT_VIEWS, config.feature_dim, config.grid, config.grid)
+            views = Views(
+                images=pictures,
+                K=torch.empty(1, INPUT_VIEWS, 3, 3),
+                world_to_camera=torch.empty(1, INPUT_VIEWS, 4, 4),
+                positions=pictures if config.position_prior else None,
+                confidence=pictures[:, :, :1] if config.position_prior else None,
+                features=features if config.feature_dim else None,
+            )
+            return model.decode(model.encode(views), torch.empty(1, config.expression_dim)).sum()
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes the network alone."""
