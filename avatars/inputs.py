@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from avatars.cameras import Cameras
+from avatars.errors import UserError
 
 __all__ = ["InputSet"]
 
@@ -51,6 +53,30 @@ class InputSet:
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
         return self.images.shape[-2], self.images.shape[-1]
+
+    def check(self) -> None:
+        """Refuses what no picture of a head can have.
+
+        Raises:
+            UserError: no pictures, a camera that is no rigid transform, or a value that is not finite.
+        """
+        who = f"The input set of {self.subject}"
+        if len(self) == 0:
+            raise UserError(f"{who} has no picture; give at least one.")
+        for name, values in (("K", self.cameras.K), ("world_to_camera", self.cameras.world_to_camera)):
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(f"{who} has a camera whose {name} is not finite; calibrate it again.")
+        rotation = self.cameras.world_to_camera[:, :3, :3].double()
+        unit = torch.eye(3, dtype=rotation.dtype, device=rotation.device)
+        off = (rotation @ rotation.transpose(1, 2) - unit).abs().amax((1, 2))
+        wrong = (off > 1e-3) | (torch.linalg.det(rotation) < 0)
+        if bool(wrong.any()):
+            raise UserError(
+                f"{who} has a camera (number {int(wrong.nonzero()[0, 0])}) whose world_to_camera is no rotation with"
+                " a translation; scale and mirroring have no place in it."
+            )
+        if not bool(torch.isfinite(self.images).all()):
+            raise UserError(f"{who} has a picture with values that are not finite; read it again.")
 
     def to(self, device: str) -> InputSet:
         """The same set with every tensor on `device`."""

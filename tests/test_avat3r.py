@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from avatars import rasterize
 from avatars.avat3r import Avat3r, Avat3rAvatar, Avat3rConfig, Avat3rMethod, Views, confident
 from avatars.avat3r.model import sample_at_patch_centres
 from avatars.cameras import Cameras
 from avatars.errors import UserError
+from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 
 TINY = Avat3rConfig(
@@ -58,78 +60,104 @@ def trained(config: Avat3rConfig = TINY) -> Avat3r:
     return model
 
 
+FIELDS = ("means", "quats", "scales", "opacities", "colors")
+
+
 def test_zero_heads_are_the_coloured_position_maps():
     model, views = Avat3r(TINY), some_views(4)
     maps = model(views, torch.randn(1, 5))
-    assert torch.equal(maps.means, views.positions)
-    assert torch.equal(maps.colors, views.images)
-    assert torch.allclose(maps.opacities, torch.sigmoid(torch.tensor(-2.0)))
-    assert torch.equal(maps.keep, views.confidence > 2)
+    keep = views.confidence[0, :, 0] > 2
     gaussians = maps.gaussians(0)
-    assert gaussians.means.shape == (int(maps.keep.sum()), 3)
+    assert len(gaussians.means) == int(keep.sum())
+    assert torch.equal(gaussians.means, views.positions[0].permute(0, 2, 3, 1)[keep])
+    assert torch.equal(gaussians.colors, views.images[0].permute(0, 2, 3, 1)[keep])
+    assert torch.allclose(gaussians.opacities, torch.sigmoid(torch.tensor(-2.0)))
+    assert torch.equal(gaussians.quats, torch.tensor([1.0, 0, 0, 0]).expand(len(gaussians.means), 4))
+
+
+def test_with_zero_heads_the_picture_is_the_rendered_position_map():
+    views = some_views(2)
+    camera = Cameras(views.K[0, :1], views.world_to_camera[0, :1])
+    seen = rasterize(Avat3r(TINY)(views, torch.randn(1, 5)).gaussians(0), camera, (32, 32)).image
+    keep = views.confidence[0, :, 0] > 2
+    anchors = views.positions[0].permute(0, 2, 3, 1)[keep]
+    depth = torch.cat([
+        (p @ m[:3, :3].T + m[:3, 3])[:, 2]
+        for m, p in zip(views.world_to_camera[0], anchors.split(keep.flatten(1).sum(1).tolist()), strict=True)
+    ])  # fmt: skip
+    by_hand = Gaussians(
+        means=anchors,
+        quats=torch.tensor([1.0, 0, 0, 0]).repeat(len(anchors), 1),
+        scales=(0.7 * depth / (2.0 * TINY.size))[:, None].repeat(1, 3),
+        opacities=torch.full((len(anchors),), 1 / (1 + math.exp(2))),
+        colors=views.images[0].permute(0, 2, 3, 1)[keep],
+    )
+    assert torch.allclose(seen, rasterize(by_hand, camera, (32, 32)).image, atol=1e-5)
+    assert seen.amax() > 0.1
 
 
 def test_a_fresh_gaussian_covers_its_pixel():
     views = some_views(1)
     views.positions = torch.zeros_like(views.positions)  # all at the head's centre, 1.1 m away
-    maps = Avat3r(TINY)(views, torch.zeros(1, 5))
-    assert torch.allclose(maps.scales, torch.tensor(0.7 * 1.1 / (2.0 * TINY.size)), rtol=1e-5)
+    scales = Avat3r(TINY)(views, torch.zeros(1, 5)).gaussians(0).scales
+    assert torch.allclose(scales, torch.tensor(0.7 * 1.1 / (2.0 * TINY.size)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 6])
 def test_any_number_of_views(n):
     maps = trained()(some_views(n), torch.randn(1, 5))
-    assert maps.means.shape == (1, n, 3, 32, 32)
-    assert torch.isfinite(maps.means).all()
-    assert torch.allclose(maps.quats.norm(dim=2), torch.ones(1, n, 32, 32))
+    assert maps.raw.shape == (1, n, 14, 32, 32)
+    gaussians = maps.gaussians(0)
+    assert torch.isfinite(gaussians.means).all()
+    assert torch.allclose(gaussians.quats.norm(dim=1), torch.ones(len(gaussians.means)))
 
 
 @pytest.mark.parametrize("interleave", [False, True])
 def test_cached_driving_equals_the_full_forward(interleave):
     model = trained(replace(TINY, interleave=interleave)).eval()
-    views, code = some_views(4), torch.randn(1, 5)
-    cached = model.encode(views)
-    for name in ("means", "scales", "quats", "opacities", "colors"):
-        assert torch.equal(
-            getattr(model.decode(cached, code, views), name), getattr(model(views, code), name)
-        )
+    views, codes = some_views(4), torch.randn(3, 5)
+    driven = Avat3rMethod(model, "test-5").create(input_set(views)).sequence(codes)
+    for code, cached in zip(codes, driven, strict=True):
+        full = model(views, code[None]).gaussians(0)
+        for name in FIELDS:
+            assert torch.allclose(getattr(cached, name), getattr(full, name), atol=1e-5), name
 
 
 def test_permuting_the_views_permutes_the_gaussians():
     model, views, code = trained().eval(), some_views(4), torch.randn(1, 5)
     order = torch.tensor([2, 0, 3, 1])
     shuffled = Views(**{k: v if v is None else v[:, order] for k, v in vars(views).items()})
-    straight, other = model(views, code), model(shuffled, code)
-    assert torch.allclose(straight.means[:, order], other.means, atol=1e-5)
-    assert torch.allclose(straight.colors[:, order], other.colors, atol=1e-5)
-    assert not torch.allclose(straight.colors, other.colors, atol=1e-3)
+    straight, other = model(views, code).raw, model(shuffled, code).raw
+    assert torch.allclose(straight[:, order], other, atol=1e-5)
+    assert not torch.allclose(straight, other, atol=1e-3)
 
 
 def test_the_expression_changes_the_gaussians():
     model, views = trained(), some_views(2)
-    assert not torch.allclose(
-        model(views, torch.ones(1, 5)).means, model(views, -torch.ones(1, 5)).means, atol=1e-6
-    )
+    smile, frown = (model(views, code).gaussians(0) for code in (torch.ones(1, 5), -torch.ones(1, 5)))
+    assert not torch.allclose(smile.means, frown.means, atol=1e-6)
 
 
 def test_a_batch_is_its_examples():
     model, views, codes = trained().eval(), some_views(2, batch=3), torch.randn(3, 5)
     together = model(views, codes)
     for i in range(3):
-        alone = model(
-            Views(**{k: v if v is None else v[i : i + 1] for k, v in vars(views).items()}), codes[i : i + 1]
-        )
-        assert torch.allclose(together.means[i], alone.means[0], atol=1e-5)
+        one = Views(**{k: v if v is None else v[i : i + 1] for k, v in vars(views).items()})
+        alone = model(one, codes[i : i + 1])
+        for name in FIELDS:
+            assert torch.allclose(
+                getattr(together.gaussians(i), name), getattr(alone.gaussians(0), name), atol=1e-5
+            )
 
 
 def test_gradients_reach_every_parameter():
     config = replace(TINY, feature_dim=6)
     model = trained(config)
-    maps = model(some_views(2, config), torch.randn(1, 5))
+    made = model(some_views(2, config), torch.randn(1, 5)).gaussians(0)
     total = sum(
-        (getattr(maps, n) * torch.randn_like(getattr(maps, n))).sum() for n in ("means", "quats", "colors")
+        (getattr(made, n) * torch.randn_like(getattr(made, n))).sum() for n in ("means", "quats", "colors")
     )
-    (total + maps.scales.log().sum() + maps.opacities.sum()).backward()
+    (total + made.scales.log().sum() + made.opacities.sum()).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # a shift of all keys cannot be seen by a softmax; nothing else may be silent
     assert all("key_value.bias" in n for n in silent)
@@ -140,7 +168,7 @@ def test_activation_checkpointing_changes_no_number():
     grads = []
     for recompute in (False, True):
         model = trained(replace(TINY, checkpoint_activations=recompute))
-        model(views, code).means.square().sum().backward()
+        model(views, code).raw.square().sum().backward()
         grads.append(model.patchify.weight.grad)
     assert torch.equal(*grads)
 
@@ -180,8 +208,8 @@ def test_paper_scale_has_the_expected_shapes():
         )
         assert model.encode(views).shape == (1, n * 1024, 768)
         maps = model(views, torch.empty(1, 256))
-    assert maps.means.shape == (1, n, 3, 512, 512)
-    assert maps.means[:, :, 0].numel() == 1_048_576
+    assert maps.raw.shape == (1, n, 14, 512, 512)
+    assert maps.anchors.positions[:, :, 0].numel() == 1_048_576
 
 
 def input_set(views: Views) -> InputSet:
@@ -207,7 +235,7 @@ def test_a_saved_avatar_drives_like_the_one_in_memory(tmp_path):
     avatar.save(tmp_path / "avatar")
     read = Avat3rAvatar.load(tmp_path / "avatar").gaussians(code)
     made = avatar.gaussians(code)
-    for name in ("means", "quats", "scales", "opacities", "colors"):
+    for name in FIELDS:
         assert torch.equal(getattr(read, name), getattr(made, name))
 
 
@@ -226,3 +254,41 @@ def test_what_does_not_fit_is_told(tmp_path):
         Avat3r.load(tmp_path)
     with pytest.raises(UserError, match="no multiple of patch"):
         replace(TINY, patch=5)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"interleave": True}, {"checkpoint_activations": True}, {"feature_dim": 6}]
+)
+def test_the_network_compiles_as_one_graph(change):
+    config = replace(TINY, **change)
+    model, views, code = trained(config), some_views(2, config), torch.randn(1, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # a graph break is an error
+    assert torch.allclose(compiled(views, code).raw, model(views, code).raw, atol=1e-6)
+    compiled(views, code).raw.sum().backward()
+
+
+def test_cameras_that_are_none_are_refused():
+    method, inputs = Avat3rMethod(trained(), "test-5"), input_set(some_views(2))
+    stretched = inputs.cameras.world_to_camera.clone()
+    stretched[1, :3, :3] *= 1.1
+    with pytest.raises(UserError, match=r"camera \(number 1\) whose world_to_camera is no rotation"):
+        method.create(replace(inputs, cameras=Cameras(inputs.cameras.K, stretched)))
+    broken = inputs.cameras.K.clone()
+    broken[0, 0, 0] = math.nan
+    with pytest.raises(UserError, match="K is not finite"):
+        method.create(replace(inputs, cameras=Cameras(broken, inputs.cameras.world_to_camera)))
+
+
+def test_a_half_precision_avatar_stays_close(tmp_path):
+    model = trained()
+    model.save(tmp_path / "model", {"expression_kind": "test-5"})
+    inputs, code = input_set(some_views(3)), torch.randn(5)
+    full = Avat3rMethod.load(tmp_path / "model").create(inputs).gaussians(code)
+    Avat3rMethod.load(tmp_path / "model", torch.bfloat16).create(inputs).save(tmp_path / "avatar")
+    half = Avat3rAvatar.load(tmp_path / "avatar")
+    assert half.tokens.dtype == torch.bfloat16
+    made = half.gaussians(code)
+    assert made.means.dtype == torch.float32
+    assert (made.colors - full.colors).abs().amax() < 0.05
+    assert not torch.equal(made.colors, full.colors)

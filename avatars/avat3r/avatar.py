@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from avatars.avat3r.config import Avat3rConfig
-from avatars.avat3r.model import Avat3r, Views
+from avatars.avat3r.model import Avat3r, KeptAnchors, Views, activate
+from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 
 __all__ = ["Avat3rAvatar", "Avat3rMethod", "views_of"]
-
-VIEW_TENSORS = ("images", "K", "world_to_camera", "positions", "confidence")
 
 
 def views_of(inputs: InputSet) -> Views:
@@ -47,18 +47,23 @@ class Avat3rMethod:
         self.expression_kind = expression_kind
 
     @classmethod
-    def load(cls, folder: str | Path) -> Avat3rMethod:
-        """Reads an exported model; its provenance says which kind of expression code drives it."""
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Avat3rMethod:
+        """Reads an exported model; its provenance says which kind of expression code drives it.
+
+        Args:
+            folder: what `Avat3r.save` wrote.
+            dtype: arithmetic of the network. Positions and cameras stay float32.
+        """
         model = Avat3r.load(folder)
         provenance = json.loads((Path(folder) / "model.json").read_text())["provenance"]
-        return cls(model, provenance["expression_kind"])
+        return cls(model.to(dtype), provenance["expression_kind"])
 
     @torch.no_grad()
     def create(self, inputs: InputSet) -> Avat3rAvatar:
         """Encodes the pictures once.
 
         Raises:
-            UserError: the pictures' size or expression codes are not what the network was trained on.
+            UserError: the pictures' size, cameras or expression codes are not what the network takes.
         """
         config = self.model.config
         if inputs.size != (config.size, config.size):
@@ -71,41 +76,71 @@ class Avat3rMethod:
                 f"Avat3r was trained on {self.expression_kind} expression codes and the input set has "
                 f"{inputs.expression_kind}."
             )
+        inputs.check()
         views = views_of(inputs)
         return Avat3rAvatar(
-            self.model, self.model.encode(views), views, self.expression_kind, inputs.provenance
+            self.model,
+            self.model.encode(views),
+            self.model.anchors(views).kept(0),
+            (inputs.images * 255).round().to(torch.uint8),
+            inputs.cameras,
+            self.expression_kind,
+            inputs.provenance,
         )
 
 
 class Avat3rAvatar:
-    """A person as Avat3r sees it: cached tokens, the pictures and their position maps."""
+    """A person as Avat3r sees it: all that no expression changes, and the network that brings one in."""
 
     method = "avat3r"
 
     def __init__(
-        self, model: Avat3r, tokens: Tensor, views: Views, expression_kind: str, provenance: dict[str, Any]
+        self,
+        model: Avat3r,
+        tokens: Tensor,
+        anchors: KeptAnchors,
+        pictures: Tensor,
+        cameras: Cameras,
+        expression_kind: str,
+        provenance: dict[str, Any],
     ) -> None:
         self.model = model
         self.tokens = tokens  # (1, N * T, D)
-        self.views = views  # batch of one
+        self.anchors = anchors
+        self.pictures = pictures  # (N, 3, H, W) uint8, what the avatar was made from
+        self.cameras = cameras  # N, of these pictures
         self.expression_kind = expression_kind
         self.provenance = provenance
 
-    @torch.no_grad()
     def gaussians(self, expression: Tensor) -> Gaussians:
-        """Runs only the layers that the expression reaches.
+        """The person with the face that `expression` (E,) describes, in the head frame."""
+        return self.sequence(expression[None])[0]
+
+    @torch.no_grad()
+    def sequence(self, expressions: Tensor) -> list[Gaussians]:
+        """Several expressions in one pass of the layers that an expression reaches.
 
         Args:
-            expression: (E,).
+            expressions: (B, E).
+
+        Raises:
+            UserError: codes of another length than the network's.
         """
-        maps = self.model.decode(self.tokens, expression[None].to(self.tokens.device), self.views)
-        return maps.gaussians(0)
+        tokens = self.tokens.expand(len(expressions), -1, -1)
+        raw = self.model.decode(tokens, expressions.to(tokens.device))  # (B, N, 14, H, W)
+        unit = self.model.config.position_unit
+        return [activate(one, self.anchors, unit) for one in raw]
 
     def save(self, folder: Path) -> None:
         """Writes a self-contained avatar: what is cached and the half of the network that drives it."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"tokens": self.tokens}
-        state |= {f"views.{n}": t for n in VIEW_TENSORS if (t := getattr(self.views, n)) is not None}
+        state = {
+            "tokens": self.tokens,
+            "pictures": self.pictures,
+            "cameras.K": self.cameras.K,
+            "cameras.world_to_camera": self.cameras.world_to_camera,
+        }
+        state |= {f"anchors.{n}": t for n, t in vars(self.anchors).items()}
         for name, tensor in self.model.state_dict().items():
             if self.model.config.interleave or name.startswith(self.model.drive_prefixes):
                 state[f"model.{name}"] = tensor
@@ -114,21 +149,41 @@ class Avat3rAvatar:
             "method": self.method,
             "expression_kind": self.expression_kind,
             "config": self.model.config.to_json(),
+            "gaussians": len(self.anchors.pixels),
             "provenance": self.provenance,
         }
         (folder / "avatar.json").write_text(json.dumps(description, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Avat3rAvatar:
-        """Reads what `save` wrote. The encoder's half of the network is not there and not needed."""
+        """Reads what `save` wrote. The encoder's half of the network is not there and not needed.
+
+        Raises:
+            UserError: the two files do not belong together, or another version wrote them.
+        """
         values = json.loads((folder / "avatar.json").read_text())
         state = load_file(folder / "avatar.safetensors")
-        model = Avat3r(Avat3rConfig.from_json(values["config"]))
+        broken = UserError(
+            f"{folder / 'avatar.safetensors'} does not fit its avatar.json; make the avatar again."
+        )
+        anchors = [f"anchors.{field.name}" for field in dataclasses.fields(KeptAnchors)]
+        cameras = ["cameras.K", "cameras.world_to_camera"]
+        if not {"tokens", "pictures", *anchors, *cameras} <= set(state):
+            raise broken
+        model = Avat3r(Avat3rConfig.from_json(values["config"])).to(state["tokens"].dtype)
         weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise broken from error
         if unexpected or any(name.startswith(model.drive_prefixes) for name in missing):
-            raise UserError(
-                f"{folder / 'avatar.safetensors'} does not fit its avatar.json; make the avatar again."
-            )
-        views = Views(**{n: state.get(f"views.{n}") for n in VIEW_TENSORS})  # type: ignore[arg-type]
-        return cls(model.eval(), state["tokens"], views, values["expression_kind"], values["provenance"])
+            raise broken
+        return cls(
+            model.eval(),
+            state["tokens"],
+            KeptAnchors(*(state[name] for name in anchors)),
+            state["pictures"],
+            Cameras(*(state[name] for name in cameras)),
+            values["expression_kind"],
+            values["provenance"],
+        )

@@ -23,7 +23,7 @@ from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 
-__all__ = ["Avat3r", "GaussianMaps", "Views", "confident"]
+__all__ = ["ATTRIBUTES", "Anchors", "Avat3r", "GaussianMaps", "KeptAnchors", "Views", "activate", "confident"]
 
 ATTRIBUTES = {"position": 3, "color": 3, "opacity": 1, "scale": 3, "rotation": 4}
 OPACITY_SHIFT = -2.0  # GRM: sigmoid(x - 2), so that training starts with 0.12 everywhere
@@ -54,39 +54,86 @@ class Views:
 
 
 @dataclass
-class GaussianMaps:
-    """One Gaussian per pixel of every input view, activated.
+class Anchors:
+    """What each pixel's Gaussian starts from. No expression changes it, so driving makes it once.
 
     Attributes:
-        means: (B, N, 3, H, W) metres.
-        quats: (B, N, 4, H, W) unit, wxyz.
-        scales: (B, N, 3, H, W) metres.
-        opacities: (B, N, 1, H, W).
+        positions: (B, N, 3, H, W) metres.
+        footprints: (B, N, 1, H, W) standard deviation of a fresh Gaussian, metres.
         colors: (B, N, 3, H, W) RGB.
         keep: (B, N, 1, H, W) bool: confident enough to be a Gaussian.
     """
 
-    means: Tensor
-    quats: Tensor
-    scales: Tensor
-    opacities: Tensor
+    positions: Tensor
+    footprints: Tensor
     colors: Tensor
     keep: Tensor
 
-    def gaussians(self, index: int) -> Gaussians:
-        """The kept Gaussians of batch element `index`, views one after the other."""
-        keep = self.keep[index, :, 0]  # (N, H, W)
+    def kept(self, index: int) -> KeptAnchors:
+        """Those of batch element `index` that become Gaussians, views one after the other."""
+        chosen = self.keep[index, :, 0].flatten().nonzero()[:, 0]
 
         def take(maps: Tensor) -> Tensor:
-            return maps[index].permute(0, 2, 3, 1)[keep]
+            return maps[index].transpose(0, 1).flatten(1)[:, chosen].T
 
-        return Gaussians(
-            means=take(self.means),
-            quats=take(self.quats),
-            scales=take(self.scales),
-            opacities=take(self.opacities)[:, 0],
-            colors=take(self.colors),
-        )
+        return KeptAnchors(chosen, take(self.positions), take(self.footprints), take(self.colors))
+
+
+@dataclass
+class KeptAnchors:
+    """Anchors of one person's n Gaussians.
+
+    Attributes:
+        pixels: (n,) where they are among the N * H * W pixels of all views.
+        positions: (n, 3) metres.
+        footprints: (n, 1) metres.
+        colors: (n, 3) RGB.
+    """
+
+    pixels: Tensor
+    positions: Tensor
+    footprints: Tensor
+    colors: Tensor
+
+
+@dataclass
+class GaussianMaps:
+    """One Gaussian per pixel of every input view, as the heads give it, and what it starts from.
+
+    Attributes:
+        raw: (B, N, 14, H, W) head outputs, channels in the order of `ATTRIBUTES`.
+        anchors: where each pixel starts.
+        position_unit: metres that one unit of the position output means.
+    """
+
+    raw: Tensor
+    anchors: Anchors
+    position_unit: float
+
+    def gaussians(self, index: int) -> Gaussians:
+        """The kept Gaussians of batch element `index`, views one after the other."""
+        return activate(self.raw[index], self.anchors.kept(index), self.position_unit)
+
+
+def activate(raw: Tensor, anchors: KeptAnchors, position_unit: float) -> Gaussians:
+    """Head outputs of the kept pixels to Gaussians, with the position and colour skips.
+
+    Args:
+        raw: (N, 14, H, W) head outputs of one person.
+        anchors: where its n kept pixels start.
+        position_unit: metres that one unit of the position output means.
+    """
+    # Geometry is in metres and pixels: half precision would quantise it to visible steps.
+    values = raw.transpose(0, 1).flatten(1)[:, anchors.pixels].T.float()  # (n, 14)
+    position, color, opacity, scale, rotation = values.split(list(ATTRIBUTES.values()), 1)
+    identity = torch.tensor([1.0, 0.0, 0.0, 0.0], device=values.device)
+    return Gaussians(
+        means=anchors.positions + position * position_unit,
+        quats=F.normalize(rotation + identity, dim=1),
+        scales=anchors.footprints * scale.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT).exp(),
+        opacities=torch.sigmoid(opacity + OPACITY_SHIFT)[:, 0],
+        colors=anchors.colors + color,
+    )
 
 
 def confident(confidence: Tensor, threshold: float, space: ConfidenceSpace) -> Tensor:
@@ -229,19 +276,17 @@ class Avat3r(nn.Module):
                 x = self._run(block, x)
         return x
 
-    def decode(self, x: Tensor, expression: Tensor, views: Views) -> GaussianMaps:
-        """Gaussian maps of the face that `expression` describes.
+    def decode(self, x: Tensor, expression: Tensor) -> Tensor:
+        """Head outputs of the face that `expression` describes.
 
         Args:
             x: (B, N * T, D) from `encode`.
             expression: (B, E).
-            views: the same views.
 
         Returns:
-            Activated maps at the pictures' resolution, float32.
+            (B, N, 14, H, W) at the pictures' resolution, channels in the order of `ATTRIBUTES`.
         """
         config = self.config
-        batch, n_views = views.images.shape[:2]
         if expression.shape[-1] != config.expression_dim:
             raise UserError(
                 f"The expression code has {expression.shape[-1]} numbers and this Avat3r was trained on "
@@ -257,50 +302,40 @@ class Avat3r(nn.Module):
         else:
             for block in self.cross_blocks:
                 x = self._run(block, x, code)
-        grid = self.norm_out(x).view(batch * n_views, config.grid, config.grid, config.width)
+        grid = self.norm_out(x).view(-1, config.grid, config.grid, config.width)  # (B * N, G, G, D)
         features = self.upsampler(grid)
-        # Geometry is in metres and pixels: half precision would quantise it to visible steps.
-        raw = {name: self.shuffle(head(features)).float() for name, head in self.heads.items()}
-        raw = {name: maps.unflatten(0, (batch, n_views)) for name, maps in raw.items()}
-        return self.activate(raw, views)
+        raw = torch.cat([self.shuffle(head(features)) for head in self.heads.values()], 1)
+        return raw.unflatten(0, (x.shape[0], -1))
 
-    def activate(self, raw: dict[str, Tensor], views: Views) -> GaussianMaps:
-        """Head outputs (B, N, c, H, W) to Gaussians, with the position and colour skips."""
+    def anchors(self, views: Views) -> Anchors:
+        """Where each pixel's Gaussian starts: position map, pixel footprint and colour."""
         height, width = views.images.shape[-2:]
-        cameras = Cameras(views.K.flatten(0, 1).float(), views.world_to_camera.flatten(0, 1).float())
         keep = self.keep(views)
         if self.config.position_skip:
             assert views.positions is not None  # `keep` has checked it
-            anchor = views.positions.float()
+            positions = views.positions.float()
         else:
             # GRM's start: on each ray, as far from the camera as the head's centre is.
+            cameras = Cameras(views.K.flatten(0, 1).float(), views.world_to_camera.flatten(0, 1).float())
             origins, directions = cameras.rays((height, width))
-            anchor = origins + directions * origins.norm(dim=1, keepdim=True)
-            anchor = anchor.unflatten(0, views.images.shape[:2])
-        means = anchor + raw["position"] * self.config.position_unit
-        # The footprint of a pixel at the anchor, so that resolution and distance need no learning.
-        rotation, translation = (
-            views.world_to_camera[..., :3, :3].float(),
-            views.world_to_camera[..., :3, 3].float(),
-        )
-        depth = torch.einsum("bnj,bnjhw->bnhw", rotation[..., 2, :], anchor) + translation[..., 2, None, None]
+            positions = origins + directions * origins.norm(dim=1, keepdim=True)
+            positions = positions.unflatten(0, views.images.shape[:2])
+        # The footprint of a pixel at its anchor, so that resolution and distance need no learning.
+        z_row = views.world_to_camera[..., 2, :].float()  # (B, N, 4)
+        depth = torch.einsum("bnj,bnjhw->bnhw", z_row[..., :3], positions) + z_row[..., 3, None, None]
         focal = (views.K[..., 0, 0] + views.K[..., 1, 1]).float()[..., None, None] / 2
-        footprint = (FOOTPRINT * depth.clamp(min=1e-3) / focal)[:, :, None]
-        scales = footprint * raw["scale"].clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT).exp()
-        identity = torch.tensor([1.0, 0.0, 0.0, 0.0], device=means.device).view(1, 1, 4, 1, 1)
-        colors = raw["color"] + (views.images.float() if self.config.color_skip else 0.5)
-        return GaussianMaps(
-            means=means,
-            quats=F.normalize(raw["rotation"] + identity, dim=2),
-            scales=scales,
-            opacities=torch.sigmoid(raw["opacity"] + OPACITY_SHIFT),
-            colors=colors,
+        return Anchors(
+            positions=positions,
+            footprints=(FOOTPRINT * depth.clamp(min=1e-3) / focal)[:, :, None],
+            colors=views.images.float() if self.config.color_skip else torch.full_like(positions, 0.5),
             keep=keep,
         )
 
     def forward(self, views: Views, expression: Tensor) -> GaussianMaps:
         """Views (B, N, …) and expression (B, E) to Gaussian maps."""
-        return self.decode(self.encode(views), expression, views)
+        return GaussianMaps(
+            self.decode(self.encode(views), expression), self.anchors(views), self.config.position_unit
+        )
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes `model.safetensors` (float32) and `model.json` (configuration and provenance)."""
