@@ -1,5 +1,6 @@
 """Our rasterizers against other people's: splax's recorded results, gsplat's projection, and gsplat on a GPU."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from avatars.cameras import Cameras
+from avatars.errors import UserError
 from avatars.gaussians import Gaussians, quaternion_to_matrix
 from avatars.rasterize import backend_report, rasterize
 from avatars.rasterize.cpu import rasterize_cpu
-from avatars.rasterize.gsplat_backend import gsplat_problem, rasterize_gsplat
+from avatars.rasterize.gsplat_backend import _reason, gsplat_problem, rasterize_gsplat
 from avatars.rasterize.reference import project, rasterize_reference
 from tests.rasterize_scenes import assert_gradients_close, assert_pictures_close, draw, orbit, shell
 
@@ -79,6 +81,53 @@ def test_gsplat_is_a_sentence_where_it_cannot_be_used():
     assert "no CUDA device" in report.reason
 
 
+def test_a_failed_gsplat_build_is_one_line():
+    log = (
+        "Error building extension 'gsplat_cuda': [1/30] /usr/local/cuda/bin/nvcc -c a.cu\nFAILED: a.cuda.o\n"
+    )
+    assert (
+        _reason(RuntimeError(log + "a.cu(7): error: no such type\n2 errors."))
+        == "a.cu(7): error: no such type"
+    )
+    assert _reason(RuntimeError("\nThe CUDA versions differ.\nUse another.")) == "The CUDA versions differ"
+    assert _reason(OSError()) == "OSError"
+
+
+def broken_build(monkeypatch, tmp_path, gsplat_backend):
+    """A process with a CUDA device and a gsplat whose import does what `gsplat_backend` says."""
+    package = tmp_path / "gsplat" / "cuda"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("")
+    (package / "_backend.py").write_text(gsplat_backend)
+    for name in [name for name in sys.modules if name.split(".")[0] == "gsplat"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HEADSPLAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("raise RuntimeError('[1/3] nvcc\\nx.cu(3): error: bad\\n')", "x.cu(3): error: bad"),
+        ("_C = None", "no CUDA toolkit"),
+        ("import warnings; warnings.warn('old'); _C = 1", "do not run here"),
+    ],
+)
+def test_a_broken_gsplat_is_a_sentence(monkeypatch, tmp_path, module, sentence):
+    broken_build(monkeypatch, tmp_path, module)
+    gsplat_problem.cache_clear()
+    try:
+        problem = gsplat_problem()
+    finally:
+        gsplat_problem.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] == "gsplat"]:
+            del sys.modules[name]
+    assert sentence in problem
+    assert "\n" not in problem
+
+
 def on_gpu(rasterizer):
     def draw_there(gaussians, cameras, size, background, mode):
         rendering = rasterizer(gaussians.to("cuda"), cameras.to("cuda"), size, background.to("cuda"), mode)
@@ -114,7 +163,7 @@ def test_gsplat_draws_cuda_tensors_and_refuses_bad_ones():
         picture.image.cpu(), rasterize(g.to("cpu"), cameras.to("cpu"), (40, 40)).image, atol=0.02, rtol=0
     )
     g.scales[4, 1] = float("nan")
-    with pytest.raises(Exception, match="scales"):
+    with pytest.raises(UserError, match="scales"):
         rasterize(g, cameras, (40, 40))
     nobody = rasterize(shell(0).to("cuda"), cameras, (40, 40), torch.ones(3, device="cuda"))
     assert torch.equal(nobody.image, torch.ones_like(nobody.image))

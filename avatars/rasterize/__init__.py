@@ -82,7 +82,7 @@ def rasterize(
         gaussians: N Gaussians in the cameras' world, activated values.
         cameras: C cameras; they get no gradient except from the reference.
         size: height and width in pixels.
-        background: (3,) or (C, 3) colour behind everything, black when None.
+        background: (3,) or (C, 3) colour behind everything, on any device, black when None.
         mode: "antialiased" fades Gaussians that are smaller than the blur (Mip-Splatting's compensation).
         backend: "auto" takes the fastest that works on the tensors' device, see `backend_report`.
 
@@ -95,6 +95,8 @@ def rasterize(
     """
     check_shapes(gaussians, cameras, size, background, mode)
     device = gaussians.means.device
+    if background is not None:
+        background = background.to(device)
     if backend == "auto":
         backend = backend_report(device.type).backend
         if backend == "reference":

@@ -75,9 +75,10 @@ def check_shapes(
     count = len(cameras)
     if background is not None and background.shape not in ((3,), (count, 3)):
         raise ValueError(f"background must be (3,) or ({count}, 3), not {tuple(background.shape)}")
-    devices = {t.device for t in (gaussians.means, gaussians.colors, cameras.K, cameras.world_to_camera)}
+    tensors = (*vars(gaussians).values(), cameras.K, cameras.world_to_camera)
+    devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"Gaussians and cameras are on different devices: {sorted(map(str, devices))}")
+        raise ValueError(f"Gaussians and cameras are on different devices: {sorted(devices)}")
     K = cameras.K.detach()
     for name, finite in (
         ("K", K.isfinite().all()),
