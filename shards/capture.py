@@ -112,6 +112,16 @@ def read_capture(path: str | Path) -> Capture:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder. Give the folder of one capture.")
+    capture = _open(path)
+    if (path / "headsplat.json").is_file():
+        from shards.readers.synthetic import own_codes
+
+        return own_codes(capture, path)  # a synthetic capture in the layout of a tracker
+    return capture
+
+
+def _open(path: Path) -> Capture:
+    """A folder through the reader of its layout."""
     if (path / "capture.json").is_file():
         from shards.readers.synthetic import SyntheticCapture
 

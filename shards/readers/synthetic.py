@@ -1,4 +1,8 @@
-"""Captures that `headsplat synth` made: `capture.json` beside folders of PNGs."""
+"""Captures that `headsplat synth` made: `capture.json` beside folders of PNGs.
+
+Also the mark of such a capture when it was written in another layout (`shards.synth.tracking`): `headsplat.json`, which
+says that the codes in it are our head's.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,39 @@ from avatars.errors import UserError
 from shards.capture import Capture, View, check_matrices
 from shards.pictures import read_picture
 
-__all__ = ["SyntheticCapture"]
+__all__ = ["MARK", "SyntheticCapture", "own_codes"]
 
 SCHEMA = 1
+MARK = "headsplat.json"
+MARK_LAYOUT = "headsplat-tracking"
+MARK_SCHEMA = 1
+
+
+def own_codes(capture: Capture, folder: Path) -> Capture:
+    """Gives a capture of another layout its own codes back, where a mark says that it was a synthetic one.
+
+    Args:
+        capture: read in the other layout; changed in place.
+        folder: of the capture.
+
+    Raises:
+        UserError: there is a mark and it cannot be read.
+    """
+    file = folder / MARK
+    if not file.is_file():
+        return capture
+    try:
+        mark = json.loads(file.read_text())
+        if mark["layout"] != MARK_LAYOUT or mark["schema"] > MARK_SCHEMA:
+            raise ValueError(f"layout {mark['layout']!r}, schema {mark['schema']}")
+        capture.subject = str(mark["subject"])
+        capture.expression_kind = str(mark["expression_kind"])
+        capture.expressions = capture.expressions[:, : int(mark["expression_length"])].copy()
+        capture.head = str(mark["head"])
+        capture.identity = np.array(mark["identity"], np.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no mark of an exported capture ({error!r}). Export it again.") from None
+    return capture
 
 
 class SyntheticCapture(Capture):
@@ -92,6 +126,14 @@ class SyntheticCapture(Capture):
         timestep `t`.
         """
         return self._K, self._studio @ self._head_to_world[t]
+
+    def studio_cameras(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Intrinsics (V, 3, 3) in pixels and world-to-camera matrices (V, 4, 4) in the studio's frame."""
+        return self._K, self._studio
+
+    def head_to_world(self, t: int) -> NDArray[np.float64]:
+        """The head's pose (4, 4) in the studio's frame."""
+        return self._head_to_world[t]
 
     def view(self, t: int, v: int, depth: bool = True) -> View:
         """What camera `v` saw at timestep `t`; a rendered capture has every picture."""
