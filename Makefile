@@ -17,7 +17,7 @@ OUT ?= work
 given = $(if $($(1)),$(2) $($(1)))
 COMMON = --out $(OUT) $(call given,DATA,--data)
 
-.PHONY: help setup demo train fit eval report dashboard test test-gpu lint format bench clean
+.PHONY: help setup demo train fit eval report dashboard test test-gpu lint format bench bench-gpu clean
 
 help: ## this list
 	@echo "headsplat: multi-view head captures to animatable 3D Gaussian avatars"
@@ -74,6 +74,10 @@ format: setup ## rewrites the code in the project's format
 
 bench: setup ## benchmarks; results go to benchmarks/results
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
+
+bench-gpu: setup ## benchmarks that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA device and PyTorch found none: nvidia-smi says whether the driver sees one.")'
+	@for b in benchmarks/gpu/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
 
 clean: ## removes what the demo made, not the environment
 	rm -rf $(OUT)
