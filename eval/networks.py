@@ -9,7 +9,6 @@ number.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.hashing import file_sha256
+from avatars.weights import MissingWeights, file_sha256, find_file
 from eval.metrics import DEFINITIONS, Definition, Pictures
 
 __all__ = [
-    "WEIGHTS_VARIABLE",
     "Face",
     "Judge",
     "NotAvailable",
@@ -36,7 +34,6 @@ __all__ = [
     "lpips_network",
 ]
 
-WEIGHTS_VARIABLE = "HEADSPLAT_WEIGHTS"
 SMALLEST_LPIPS = 64
 FACENET_SIZE = 160
 FACENET_MARGIN = 14
@@ -103,7 +100,7 @@ def load_judge(definition: Definition, device: str | torch.device = "cpu") -> Ju
 
 
 def find_weights(name: str, prefix: str) -> tuple[Path, str]:
-    """A weight file by name in the folder HEADSPLAT_WEIGHTS or in torch's hub folder, and its sha256.
+    """A weight file by name (see `avatars.weights`) and its sha256.
 
     Args:
         name: file name as published.
@@ -112,21 +109,11 @@ def find_weights(name: str, prefix: str) -> tuple[Path, str]:
     Raises:
         NotAvailable: no such file, or one with another hash.
     """
-    given = os.environ.get(WEIGHTS_VARIABLE)
-    folders = [Path(given)] if given else []
-    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-    for folder in folders:
-        path = folder / name
-        if path.is_file():
-            digest = file_sha256(path)
-            if not digest.startswith(prefix):
-                raise NotAvailable(
-                    f"{path} has sha256 {digest[:12]}…, the published file starts with {prefix}"
-                )
-            return path, digest
-    if given:
-        raise NotAvailable(f"{name} is not in {given}, the folder that {WEIGHTS_VARIABLE} names")
-    raise NotAvailable(f"it needs {name} in a folder that {WEIGHTS_VARIABLE} names")
+    try:
+        found = find_file(name, prefix)
+    except MissingWeights as reason:
+        raise NotAvailable(str(reason)) from reason
+    return found.path, found.sha256
 
 
 def _lpips(definition: Definition, device: str | torch.device) -> Judge:
