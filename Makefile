@@ -17,6 +17,8 @@ OUT ?= work
 given = $(if $($(1)),$(2) $($(1)))
 COMMON = --out $(OUT) $(call given,DATA,--data)
 
+need_cuda = $(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make $@ needs a CUDA device and PyTorch found none: nvidia-smi says whether the driver sees one.")'
+
 .PHONY: help setup demo train fit eval report dashboard test test-gpu lint format bench bench-gpu clean
 
 help: ## this list
@@ -61,6 +63,7 @@ test: setup ## all tests that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device
+	@$(need_cuda)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: setup ## format, lint and types
@@ -76,7 +79,7 @@ bench: setup ## benchmarks; results go to benchmarks/results
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
 
 bench-gpu: setup ## benchmarks that need a CUDA device
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA device and PyTorch found none: nvidia-smi says whether the driver sees one.")'
+	@$(need_cuda)
 	@for b in benchmarks/gpu/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
 
 clean: ## removes what the demo made, not the environment
