@@ -4,9 +4,10 @@ from shards.capture import Capture, View, read_capture
 from shards.checking import Finding, check
 from shards.contents import Contents, contact_sheet, info
 from shards.loading import BatchLoader, to_float
-from shards.manifest import Manifest
+from shards.manifest import Manifest, PriorError, PriorSettings
 from shards.packing import pack
 from shards.plans import Example, Plan, plan
+from shards.priors import PriorMaps, input_sets, write_with_priors
 from shards.reading import ShardSet, SubjectShards, Target, open_shards
 from shards.stores import ShardCache
 
@@ -18,6 +19,9 @@ __all__ = [
     "Finding",
     "Manifest",
     "Plan",
+    "PriorError",
+    "PriorMaps",
+    "PriorSettings",
     "ShardCache",
     "ShardSet",
     "SubjectShards",
@@ -26,9 +30,11 @@ __all__ = [
     "check",
     "contact_sheet",
     "info",
+    "input_sets",
     "open_shards",
     "pack",
     "plan",
     "read_capture",
     "to_float",
+    "write_with_priors",
 ]

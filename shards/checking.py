@@ -28,7 +28,7 @@ from shards.stores import is_remote
 
 __all__ = ["Finding", "check"]
 
-MEMBER = re.compile(r"(inputs-\d{3}|target-\d{5}|index)\.([a-z0-9.]+)")
+MEMBER = re.compile(r"(inputs-\d{3}|target-\d{5}|index)\.([a-z0-9.-]+)")
 LARGEST_MEMBER = 1 << 30
 MANY = 20  # findings of one kind in one shard that are told one by one
 
@@ -272,8 +272,8 @@ def _check_sample(
         yield Finding("error", f"{where}.json", f"cannot be read or lacks a field: {error!r}.")
         return
     needed = {"json"} | {f"{name}.{end}" for name in names for end in ("jpg", "mask.png")}
-    if kind == "inputs" and manifest.settings.prior != "none":
-        needed |= {f"{name}.{end}.npy" for name in names for end in ("position", "confidence")}
+    priors = _prior_shapes(manifest) if kind == "inputs" else {}
+    needed |= {f"{name}.{end}" for name in names for end in priors}
     for extension in sorted(needed - set(sample)):
         yield Finding("error", f"{where}.{extension}", "is missing.")
     for extension in sorted(set(sample) - needed):
@@ -289,8 +289,9 @@ def _check_sample(
     if pool is not None:
         for found in pool.map(lambda name: list(_check_picture(manifest, where, name, sample)), whole):
             yield from found
-        if kind == "inputs" and manifest.settings.prior != "none":
-            yield from _check_prior(manifest, where, sample)
+        for extension in sorted(needed & set(sample)):
+            if extension[3:] in priors:
+                yield from _check_prior(f"{where}.{extension}", sample[extension], *priors[extension[3:]])
 
 
 def _check_codes(manifest: Manifest, where: str, codes: list[Any]) -> Iterator[Finding]:
@@ -331,24 +332,33 @@ def _check_picture(manifest: Manifest, where: str, name: str, sample: dict[str, 
         yield Finding("warning", f"{where}.{name}", "has an empty mask.")
 
 
-def _check_prior(manifest: Manifest, where: str, sample: dict[str, bytes]) -> Iterator[Finding]:
-    for extension in sorted(sample):
-        if not extension.endswith(".npy"):
-            continue
-        channels = 3 if extension.endswith("position.npy") else 1
-        try:
-            array = np.load(io.BytesIO(sample[extension]), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            yield Finding("error", f"{where}.{extension}", f"cannot be read ({error}).")
-            continue
-        if array.shape != (channels, manifest.size, manifest.size) or array.dtype != np.float16:
-            yield Finding("error", f"{where}.{extension}", f"is {array.dtype} {array.shape}.")
-        elif not np.isfinite(array).all():
-            yield Finding("error", f"{where}.{extension}", "has numbers that are not finite.")
-        elif channels == 1 and float(array.min()) < 1:
-            yield Finding(
-                "error", f"{where}.{extension}", f"has a confidence of {float(array.min()):.3g}, below 1."
-            )
+def _prior_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What each picture of an input set comes with: the end of the member's name to its type and shape."""
+    priors, size = manifest.priors, manifest.size
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if priors.position != "none":
+        shapes["position.npy"] = ("float16", (3, size, size))
+        shapes["confidence.npy"] = ("float16", (1, size, size))
+    if priors.features != "none":
+        kind = "int8" if priors.storage == "int8" else "float16"
+        shapes["features.npy"] = (kind, (priors.feature_dim, *priors.feature_grid))
+        if priors.storage == "int8":
+            shapes["features-scale.npy"] = ("float16", (priors.feature_dim, 1, 1))
+    return shapes
+
+
+def _check_prior(where: str, data: bytes, kind: str, shape: tuple[int, ...]) -> Iterator[Finding]:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        yield Finding("error", where, f"cannot be read ({error}).")
+        return
+    if array.shape != shape or array.dtype != kind:
+        yield Finding("error", where, f"is {array.dtype} {array.shape} where {kind} {shape} is declared.")
+    elif not np.isfinite(array).all():
+        yield Finding("error", where, "has numbers that are not finite.")
+    elif where.endswith("confidence.npy") and float(array.min()) < 1:
+        yield Finding("error", where, f"has a confidence of {float(array.min()):.3g}, below 1.")
 
 
 def _shortened(found: list[Finding]) -> list[Finding]:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from avatars.errors import UserError
-from shards.manifest import SPLITS, Manifest
+from shards.manifest import SPLITS, Manifest, PriorError, PriorSettings
 from shards.reading import open_shards
 
 __all__ = ["Contents", "contact_sheet", "info"]
@@ -29,13 +29,11 @@ class Contents:
 
     def __str__(self) -> str:
         m, s = self.manifest, self.manifest.settings
-        prior = (
-            "none" if m.prior_error is None else f"{s.prior} (stored to within {m.prior_error * 1000:.2g} mm)"
-        )
         head = f"{m.head} head" if m.head else "no tracked head"
         lines = [
             f"{m.folder}: {len(self.rows)} subjects, {len(m.shards)} shards, fingerprint {m.fingerprint}",
-            f"codes {m.expression_kind} of {m.expression_length} numbers, {head}, prior {prior}",
+            f"codes {m.expression_kind} of {m.expression_length} numbers, {head}",
+            _priors(m.priors, m.prior_error),
             f"pictures {s.size} x {s.size} {s.codec} {s.quality} {s.subsampling}, {s.n_inputs} to an input"
             " set,"
             f" drawn with k {s.k} up to {s.max_input_degrees:g} degrees, seed {s.seed}",
@@ -115,6 +113,19 @@ def contact_sheet(folder: str | Path, out: str | Path, *, subjects: int = 12, ta
             f"{out} cannot be written ({error}). Give a .png or .jpg in a folder that is there."
         ) from None
     return Path(out)
+
+
+def _priors(priors: PriorSettings, error: PriorError) -> str:
+    """A line about the priors, with what their storage costs where that is known."""
+    positions, features = f"positions {priors.position}", f"features {priors.features}"
+    if error.position_max is not None:
+        positions += f" (stored to within {error.position_max * 1000:.2g} mm)"
+    if priors.features != "none":
+        height, width = priors.feature_grid
+        features += f" {priors.feature_dim} x {height} x {width} {priors.storage}"
+        if error.features_max is not None:
+            features += f" (to within {error.features_max:.2g}, rms {error.features_rms:.2g})"
+    return f"{positions}, {features}"
 
 
 def _bytes(picture: Tensor) -> np.ndarray:

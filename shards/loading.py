@@ -27,7 +27,8 @@ from shards.plans import Example, Plan
 from shards.reading import (
     Reader,
     decode_views,
-    fill_prior,
+    fill_features,
+    fill_positions,
     float_masks,
     float_pictures,
     open_reader,
@@ -53,6 +54,7 @@ class BatchLoader:
     | input_masks | (B, N, 1, H, W) |
     | input_K, input_world_to_camera | (B, N, 3, 3), (B, N, 4, 4) in the head frame |
     | input_positions, input_confidence | (B, N, 3, H, W) metres, (B, N, 1, H, W); absent without a prior |
+    | input_features | (B, N, D, h, w) a vector a patch; absent without a feature prior |
     | expression | (B, E) code of the target timestep |
     | target_images, target_masks | (B, v, 3, H, W), (B, v, 1, H, W) |
     | target_K, target_world_to_camera | (B, v, 3, 3), (B, v, 4, 4) in the head frame |
@@ -69,9 +71,9 @@ class BatchLoader:
         views: target views of an example, v.
         threads: decoding threads. They change nothing in what comes out.
         prefetch: batches that are worked on ahead of the one asked for.
-        raw: pictures and masks as they are decoded, uint8 in [0, 255], and position maps and confidence as
-            they are stored, float16: a fifth of the memory. `to_float` makes of them what comes without
-            `raw`.
+        raw: pictures and masks as they are decoded, uint8 in [0, 255], and priors as they are stored,
+            float16, or int8 with `input_features_scale` (B, N, D, 1, 1) float16: a fifth of the memory.
+            `to_float` makes of them what comes without `raw`.
 
     Attributes:
         step: number of the next micro-batch.
@@ -159,9 +161,16 @@ class BatchLoader:
             "target_K": (np.float32, (v, 3, 3)),
             "target_world_to_camera": (np.float32, (v, 4, 4)),
         }
-        if settings.prior != "none":
+        priors = self.manifest.priors
+        if priors.position != "none":
             layout["input_positions"] = (prior, (n, 3, size, size))
             layout["input_confidence"] = (prior, (n, 1, size, size))
+        if priors.features != "none":
+            quantised = self._raw and priors.storage == "int8"
+            channels = (n, priors.feature_dim)
+            layout["input_features"] = (np.int8 if quantised else prior, (*channels, *priors.feature_grid))
+            if quantised:
+                layout["input_features_scale"] = (np.float16, (*channels, 1, 1))
         arrays = {
             name: self._buffers.take((len(examples), *shape), kind) for name, (kind, shape) in layout.items()
         }
@@ -210,7 +219,10 @@ class BatchLoader:
             self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"])
             _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
             if "input_positions" in out:
-                fill_prior(reader, inputs, names, out["input_positions"], out["input_confidence"])
+                fill_positions(reader, inputs, names, out["input_positions"], out["input_confidence"])
+            if "input_features" in out:
+                storage, scales = self.manifest.priors.storage, out.get("input_features_scale")
+                fill_features(reader, inputs, names, out["input_features"], storage, scales)
             described = read_description(reader, target)
             names = [f"{i:03d}" for i in example.views]
             self._fill_views(reader, target, names, out["target_images"], out["target_masks"])
@@ -242,9 +254,11 @@ def to_float(batch: dict[str, Any]) -> dict[str, Any]:
         images, masks = batch[f"{kind}_images"], batch[f"{kind}_masks"]
         made[f"{kind}_images"] = (images * (masks > 0)).float().mul_(1 / 255).contiguous()
         made[f"{kind}_masks"] = masks.float().mul_(1 / 255)
-    for name in ("input_positions", "input_confidence"):
+    for name in ("input_positions", "input_confidence", "input_features"):
         if name in batch:
             made[name] = batch[name].float()
+    if (scale := made.pop("input_features_scale", None)) is not None:
+        made["input_features"].mul_(scale.float())
     return made
 
 

@@ -11,14 +11,23 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from avatars.errors import UserError
 from shards.stores import RemoteFolder, is_remote
 
-__all__ = ["SCHEMA", "SPLITS", "Manifest", "PackSettings", "ShardInfo", "write_json"]
+__all__ = [
+    "SCHEMA",
+    "SPLITS",
+    "Manifest",
+    "PackSettings",
+    "PriorError",
+    "PriorSettings",
+    "ShardInfo",
+    "write_json",
+]
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no feature maps and one number for the error of positions; it is still read
 SPLITS = ("train", "heldout")
 NAME = "manifest.json"
 
@@ -34,7 +43,7 @@ class PackSettings:
         codec: "jpeg".
         quality: JPEG quality, 1 to 100.
         subsampling: JPEG chroma subsampling: "444", "422" or "420".
-        prior: where position maps come from: "depth" or "none".
+        prior: position maps that packing made: "depth" or "none". `Manifest.priors` says what is there now.
         n_inputs: pictures in an input set, each of its own timestep.
         input_sets: input sets at the head of each shard.
         k: input cameras are drawn among the k farthest.
@@ -56,6 +65,44 @@ class PackSettings:
     max_input_degrees: float = 80.0
     timesteps_per_shard: int = 256
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Which priors the input sets come with, and how they are stored.
+
+    Attributes:
+        position: where position maps come from: "depth", "none", or a network and its weights' hash
+            ("dust3r:1a2b3c4d").
+        features: where feature maps come from: "none", or a network and its weights' hash
+            ("sapiens-0.3b:1a2b3c4d").
+        feature_dim: channels D of a feature map; 0 without features.
+        storage: how feature maps are stored: "fp16", or "int8" with one scale a picture and channel.
+        feature_grid: height and width of a feature map; (0, 0) without features.
+    """
+
+    position: str = "none"
+    features: str = "none"
+    feature_dim: int = 0
+    storage: Literal["fp16", "int8"] = "fp16"
+    feature_grid: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class PriorError:
+    """What storing priors in few bits costs: differences of what is read back and what was computed.
+
+    Attributes:
+        position_max: largest difference of a coordinate in metres, where the confidence is above 1.
+        position_rms: root of the mean square of the same.
+        features_max: largest difference of a feature.
+        features_rms: root of the mean square of the same.
+    """
+
+    position_max: float | None = None
+    position_rms: float | None = None
+    features_max: float | None = None
+    features_rms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +152,8 @@ class Manifest:
         expression_std: E standard deviations over the same.
         head: name of the parametric head that tracked the captures, or None.
         settings: how the shards were packed.
-        prior_error: largest error in metres that storing positions in 16 bits made, or None without a prior.
+        priors: which priors the input sets come with.
+        prior_error: what storing those in few bits costs, None where there is no such prior.
         train: subjects to train on.
         heldout: subjects that training never sees.
         shards: the files.
@@ -118,7 +166,8 @@ class Manifest:
     expression_std: tuple[float, ...]
     head: str | None
     settings: PackSettings
-    prior_error: float | None
+    priors: PriorSettings
+    prior_error: PriorError
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
@@ -225,6 +274,13 @@ class Manifest:
                     inputs=tuple(tuple(map(int, steps)) for steps in shard["inputs"]),
                 )
             )
+        if content["schema"] == 1:
+            priors = PriorSettings(position=content["settings"]["prior"])
+            error = PriorError(position_max=content["prior_error"])
+        else:
+            stored = content["priors"]
+            priors = PriorSettings(**{**stored, "feature_grid": tuple(map(int, stored["feature_grid"]))})
+            error = PriorError(**content["prior_error"])
         return cls(
             folder=folder,
             expression_kind=str(content["expression_kind"]),
@@ -233,7 +289,8 @@ class Manifest:
             expression_std=tuple(map(float, content["expression_std"])),
             head=content["head"],
             settings=PackSettings(**content["settings"]),
-            prior_error=content["prior_error"],
+            priors=priors,
+            prior_error=error,
             train=tuple(content["train"]),
             heldout=tuple(content["heldout"]),
             shards=tuple(shards),

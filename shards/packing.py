@@ -8,7 +8,6 @@ in time. Equal captures and settings give equal bytes.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from avatars.errors import UserError
 from shards.capture import Capture, View
 from shards.draws import Draws
-from shards.manifest import Manifest, PackSettings, ShardInfo, write_json
+from shards.manifest import Manifest, PackSettings, PriorSettings, ShardInfo, write_json
 from shards.pictures import (
     crop_and_resize,
     crop_window,
@@ -32,6 +31,7 @@ from shards.pictures import (
     fit_intrinsics,
     resample_depth,
 )
+from shards.priors import PriorErrors, encode_positions
 from shards.tarfiles import ShardWriter
 from shards.views import facing, k_farthest, view_directions
 
@@ -159,20 +159,18 @@ def pack_subject(capture: Capture, out: Path, settings: PackSettings, *, threads
         return receipt
     order = Draws(settings.seed, capture.subject, "timesteps").permutation(len(capture.timestep_ids))
     cuts = range(0, len(order), settings.timesteps_per_shard)
-    shards, errors = [], [0.0]
+    shards, errors = [], PriorErrors()
     with ThreadPoolExecutor(threads) as pool:
         for number, start in enumerate(cuts):
             targets = order[start : start + settings.timesteps_per_shard]
             path = out / f"{_file_stem(capture.subject)}-{number:04d}.tar"
-            shard, error = _pack_shard(capture, targets, number, path, settings, pool)
-            shards.append(shard)
-            errors.append(error)
+            shards.append(_pack_shard(capture, targets, number, path, settings, pool, errors))
     codes = capture.expressions.astype(np.float64)
     receipt = {
         "fingerprint": fingerprint,
         "subject": capture.subject,
         "shards": [dataclasses.asdict(shard) for shard in shards],
-        "prior_error": max(errors),
+        "errors": errors.to_json(),
         "count": len(codes),
         "sum": codes.sum(0).tolist(),
         "sum_of_squares": (codes**2).sum(0).tolist(),
@@ -205,23 +203,21 @@ def _pack_shard(
     path: Path,
     settings: PackSettings,
     pool: ThreadPoolExecutor,
-) -> tuple[ShardInfo, float]:
-    """Writes one shard; returns its line in the manifest and the largest error of its stored positions."""
+    errors: PriorErrors,
+) -> ShardInfo:
+    """Writes one shard; returns its line in the manifest."""
     draws = Draws(settings.seed, capture.subject, "inputs", number)
     drawn = draw_input_timesteps(len(capture.timestep_ids), settings.n_inputs, settings.input_sets, draws)
     place = {t: i for i, t in enumerate(targets)}
-    error = 0.0
     views = []
     with ShardWriter(path) as writer:
         for j, timesteps in enumerate(drawn):
-            members, set_error = _input_set(capture, timesteps, j, settings, draws)
-            writer.write(f"inputs-{j:03d}", members)
-            error = max(error, set_error)
+            writer.write(f"inputs-{j:03d}", _input_set(capture, timesteps, j, settings, draws, errors))
         for i, t in enumerate(targets):
             members, count = _target(capture, t, settings, pool)
             writer.write(f"target-{i:05d}", members)
             views.append(count)
-    info = ShardInfo(
+    return ShardInfo(
         path=path.name,
         subject=capture.subject,
         bytes=writer.size,
@@ -230,13 +226,12 @@ def _pack_shard(
         views=tuple(views),
         inputs=tuple(tuple(place[t] for t in timesteps if t in place) for timesteps in drawn),
     )
-    return info, error
 
 
 def _input_set(
-    capture: Capture, timesteps: list[int], j: int, settings: PackSettings, draws: Draws
-) -> tuple[dict[str, bytes], float]:
-    """Members of one input set, and the largest error of its stored positions in metres."""
+    capture: Capture, timesteps: list[int], j: int, settings: PackSettings, draws: Draws, errors: PriorErrors
+) -> dict[str, bytes]:
+    """Members of one input set."""
     matrices = [capture.camera_matrices(t)[1] for t in timesteps]
     directions = np.stack([view_directions(m) for m in matrices])
     allowed = _input_cameras(directions, settings)
@@ -274,17 +269,14 @@ def _input_set(
         ],
     }
     members = {"json": _json(description)}
-    error = 0.0
     for i, picture in sorted(pictures.items()):
         members[f"{i:02d}.jpg"] = encode_jpeg(picture.image, settings.quality, settings.subsampling)
         members[f"{i:02d}.mask.png"] = encode_mask(picture.mask)
         if settings.prior == "depth":
             positions, confidence = _true_prior(picture, capture)
-            stored = positions.astype(np.float16)
-            error = max(error, float(np.abs(stored.astype(np.float32) - positions).max()))
-            members[f"{i:02d}.position.npy"] = _npy(stored)
-            members[f"{i:02d}.confidence.npy"] = _npy(confidence.astype(np.float16))
-    return members, error
+            encoded = encode_positions(positions, confidence, errors)
+            members |= {f"{i:02d}.{end}": data for end, data in encoded.items()}
+    return members
 
 
 def _input_cameras(directions: NDArray, settings: PackSettings) -> NDArray[np.bool_]:
@@ -385,6 +377,7 @@ def _provenance(capture: Capture, settings: PackSettings) -> dict[str, Any]:
         "identity": None if capture.identity is None else _numbers(capture.identity),
         "size": settings.size,
         "prior": settings.prior,
+        "features": "none",
     }
 
 
@@ -399,12 +392,6 @@ def _nested(value: Any) -> Any:
 
 def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
-
-
-def _npy(array: NDArray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _check_settings(settings: PackSettings) -> None:
@@ -501,8 +488,9 @@ def _manifest(
     count = sum(receipt["count"] for receipt in counted)
     mean = np.sum([receipt["sum"] for receipt in counted], 0) / count
     variance = np.sum([receipt["sum_of_squares"] for receipt in counted], 0) / count - mean**2
-    shards = []
+    shards, errors = [], PriorErrors()
     for receipt in receipts:
+        errors.join(PriorErrors.from_json(receipt["errors"]))
         for shard in receipt["shards"]:
             lists = {"index": tuple(shard["index"]), "views": tuple(shard["views"])}
             inputs = tuple(tuple(steps) for steps in shard["inputs"])
@@ -515,7 +503,8 @@ def _manifest(
         expression_std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
         head=first.head,
         settings=settings,
-        prior_error=None if settings.prior == "none" else max(receipt["prior_error"] for receipt in receipts),
+        priors=PriorSettings(position=settings.prior),
+        prior_error=errors.summary(),
         train=tuple(train),
         heldout=tuple(heldout),
         shards=tuple(shards),

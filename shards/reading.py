@@ -93,7 +93,7 @@ class SubjectShards:
     ) -> None:
         self.subject = shards[0].subject
         readers = [open_reader(manifest, shard, cache) for shard in shards]
-        self.input_sets = InputSets(readers, manifest.size)
+        self.input_sets = InputSets(readers, manifest)
         self.targets: list[Target] = sorted(
             (
                 Target(reader, key, manifest.size)
@@ -108,8 +108,8 @@ class SubjectShards:
 class InputSets(Sequence[InputSet]):
     """The input sets of a subject, each decoded when it is taken out."""
 
-    def __init__(self, readers: Sequence[Reader], size: int) -> None:
-        self._size = size
+    def __init__(self, readers: Sequence[Reader], manifest: Manifest) -> None:
+        self._manifest = manifest
         self._places = [
             (reader, key) for reader in readers for key in reader.keys if key.startswith("inputs-")
         ]
@@ -125,8 +125,8 @@ class InputSets(Sequence[InputSet]):
 
     def __getitem__(self, index: int | slice) -> InputSet | list[InputSet]:
         if isinstance(index, slice):
-            return [read_input_set(reader, key, self._size) for reader, key in self._places[index]]
-        return read_input_set(*self._places[index], self._size)
+            return [read_input_set(reader, key, self._manifest) for reader, key in self._places[index]]
+        return read_input_set(*self._places[index], self._manifest)
 
 
 class Target:
@@ -169,25 +169,30 @@ class Target:
         return images, masks
 
 
-def read_input_set(reader: Reader, key: str, size: int) -> InputSet:
+def read_input_set(reader: Reader, key: str, manifest: Manifest) -> InputSet:
     """Decodes one input set of a shard."""
-    described = read_description(reader, key)
+    described, size, priors = read_description(reader, key), manifest.size, manifest.priors
     pictures = described["pictures"]
     names = [f"{i:02d}" for i in range(len(pictures))]
     images = np.empty((len(names), size, size, 3), np.uint8)
     masks = np.empty((len(names), size, size), np.uint8)
     decode_views(reader, key, names, images, masks)
-    positions, confidence = (
-        read_prior(reader, key, names, size) if described["prior"] != "none" else (None, None)
-    )
+    maps: dict[str, Tensor | None] = {"positions": None, "confidence": None, "features": None}
+    if priors.position != "none":
+        positions = np.empty((len(names), 3, size, size), np.float32)
+        confidence = np.empty((len(names), 1, size, size), np.float32)
+        fill_positions(reader, key, names, positions, confidence)
+        maps |= {"positions": torch.from_numpy(positions), "confidence": torch.from_numpy(confidence)}
+    if priors.features != "none":
+        features = np.empty((len(names), priors.feature_dim, *priors.feature_grid), np.float32)
+        fill_features(reader, key, names, features, priors.storage)
+        maps["features"] = torch.from_numpy(features)
     identity = described["identity"]
     return InputSet(
         images=torch.from_numpy(float_pictures(images, masks)),
         masks=torch.from_numpy(float_masks(masks)),
         cameras=cameras_of(pictures),
-        positions=None if positions is None else torch.from_numpy(positions).float(),
-        confidence=None if confidence is None else torch.from_numpy(confidence).float(),
-        features=None,
+        **maps,
         expressions=torch.tensor([picture["expression"] for picture in pictures], dtype=torch.float32),
         expression_kind=described["expression_kind"],
         subject=described["subject"],
@@ -198,7 +203,8 @@ def read_input_set(reader: Reader, key: str, size: int) -> InputSet:
             "capture": described["capture"],
             "layout": described["layout"],
             "shard": reader.path.name,
-            "prior": described["prior"],
+            "prior": priors.position,
+            "features": priors.features,
             "timesteps": [picture["timestep"] for picture in pictures],
             "camera_ids": [picture["camera"] for picture in pictures],
         },
@@ -239,17 +245,7 @@ def decode_views(
             decode_jpeg(found[f"{name}.jpg"], images[i], f"{where}.jpg")
 
 
-def read_prior(
-    reader: Reader, key: str, names: Sequence[str], size: int
-) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Position maps (N, 3, H, W) and confidence (N, 1, H, W) of one input set, as stored."""
-    positions = np.empty((len(names), 3, size, size), np.float16)
-    confidence = np.empty((len(names), 1, size, size), np.float16)
-    fill_prior(reader, key, names, positions, confidence)
-    return positions, confidence
-
-
-def fill_prior(
+def fill_positions(
     reader: Reader,
     key: str,
     names: Sequence[str],
@@ -260,36 +256,74 @@ def fill_prior(
     found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")])
     for kind, out in (("position", positions), ("confidence", confidence)):
         for i, name in enumerate(names):
-            data, where = found[f"{name}.{kind}.npy"], f"{reader.path}: {key}.{name}.{kind}.npy"
-            header = _npy_header(out.shape[1:])
-            if data.startswith(header) and len(data) == len(header) + 2 * out[i].size:
-                out[i] = np.frombuffer(data, np.float16, offset=len(header)).reshape(out.shape[1:])
-            else:
-                out[i] = _other_npy(data, out.shape[1:], where)
+            member = f"{name}.{kind}.npy"
+            out[i] = _array(found[member], "float16", out.shape[1:], f"{reader.path}: {key}.{member}")
+
+
+def fill_features(
+    reader: Reader,
+    key: str,
+    names: Sequence[str],
+    features: NDArray[Any],
+    storage: str,
+    scales: NDArray[np.float16] | None = None,
+) -> None:
+    """Reads an input set's feature maps into `features` (N, D, h, w).
+
+    Args:
+        reader: of the shard.
+        key: of the input set.
+        names: of its pictures.
+        features: where to; of the stored type when `scales` is given for "int8".
+        storage: "fp16" or "int8".
+        scales: (N, D, 1, 1) where to put the scales of "int8" instead of multiplying with them.
+    """
+    kinds = ("features", "features-scale") if storage == "int8" else ("features",)
+    found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in kinds])
+    for i, name in enumerate(names):
+        where = f"{reader.path}: {key}.{name}"
+        kind = "int8" if storage == "int8" else "float16"
+        stored = _array(found[f"{name}.features.npy"], kind, features.shape[1:], f"{where}.features.npy")
+        if storage != "int8":
+            features[i] = stored
+            continue
+        shape = (features.shape[1], 1, 1)
+        scale = _array(found[f"{name}.features-scale.npy"], "float16", shape, f"{where}.features-scale.npy")
+        if scales is None:
+            np.multiply(stored, scale.astype(np.float32), out=features[i])
+        else:
+            features[i], scales[i] = stored, scale
+
+
+def _array(data: bytes, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
+    """The array in a member; a view of its bytes where the header is the one that numpy writes."""
+    header = _npy_header(kind, shape)
+    if data.startswith(header) and len(data) == len(header) + np.dtype(kind).itemsize * math.prod(shape):
+        return np.frombuffer(data, kind, offset=len(header)).reshape(shape)
+    return _other_npy(data, kind, shape, where)
 
 
 @cache
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What a float16 array file of this shape begins with, as numpy writes it: comparing is faster than
+def _npy_header(kind: str, shape: tuple[int, ...]) -> bytes:
+    """What an array file of this kind and shape begins with, as numpy writes it: comparing is faster than
     parsing.
     """
     buffer = io.BytesIO()
-    np.save(buffer, np.zeros(shape, np.float16))
-    return buffer.getvalue()[: -2 * math.prod(shape)]
+    np.save(buffer, np.zeros(shape, kind))
+    return buffer.getvalue()[: -np.dtype(kind).itemsize * math.prod(shape)]
 
 
-def _other_npy(data: bytes, shape: tuple[int, ...], where: str) -> NDArray[np.float16]:
+def _other_npy(data: bytes, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     """An array file whose header numpy has to parse."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{where} cannot be read ({error}). Pack the shards again.") from None
-    if array.shape != shape or array.dtype != np.float16:
+    if array.shape != shape or array.dtype != kind:
         raise UserError(
-            f"{where} is {array.dtype} {array.shape} where float16 {shape} is declared. Pack the shards"
-            " again."
+            f"{where} is {array.dtype} {array.shape} where {kind} {shape} is declared. Pack the shards again."
         )
-    return array
+    return np.asarray(array)
 
 
 def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:

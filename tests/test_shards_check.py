@@ -84,7 +84,7 @@ def test_progress_is_told(packed):
         (lambda f: (f / "manifest.json").write_text("]"), "cannot be read"),
         (
             lambda f: edit_manifest(f, lambda m: m.__setitem__("schema", 99)),
-            "schema 99, this version reads up to 1",
+            "schema 99, this version reads up to 2",
         ),
         (lambda f: edit_manifest(f, lambda m: m["settings"].__setitem__("new", 1)), "cannot be read .*new"),
         (

@@ -130,7 +130,7 @@ def test_input_sets_are_four_moments_with_true_positions(captures, packed):
             rows, columns = torch.nonzero(known, as_tuple=True)
             torch.testing.assert_close(pixels[0], torch.stack([columns, rows], 1) + 0.5, atol=0.02, rtol=0)
             torch.testing.assert_close(depth[0], torch.from_numpy(view.depth)[known], atol=2e-4, rtol=0)
-    assert 0 < manifest.prior_error < 1e-4
+    assert 0 < manifest.prior_error.position_rms < manifest.prior_error.position_max < 1e-4
 
 
 def test_input_sets_know_which_targets_they_are_made_of(packed):
@@ -238,7 +238,7 @@ def test_without_a_prior_there_are_no_positions(tmp_path):
     inputs = open_shards(out, "train").read("s00").input_sets[0]
     assert inputs.positions is None
     assert inputs.confidence is None
-    assert Manifest.load(out).prior_error is None
+    assert Manifest.load(out).prior_error.position_max is None
 
 
 def test_a_smaller_picture_keeps_its_geometry(tmp_path):

@@ -90,14 +90,17 @@ class Avat3rTask:
                 f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers "
                 f"and the recipe's --model.expression-dim is {config.expression_dim}."
             )
-        if config.position_prior and settings.prior == "none":
+        priors = manifest.priors
+        if config.position_prior and priors.position == "none":
             raise UserError(
-                f"{manifest.folder} was packed without position maps and the recipe needs them; pack it with a prior."
+                f"{manifest.folder} has no position maps and the recipe needs them; make them with "
+                "`headsplat priors --position`, or switch --model.position-prior and --model.position-skip off."
             )
-        if config.feature_dim:
+        if config.feature_dim and config.feature_dim != priors.feature_dim:
             raise UserError(
-                f"{manifest.folder} was packed without semantic features and the recipe's --model.feature-dim is "
-                f"{config.feature_dim}; set it to 0."
+                f"{manifest.folder} has features {priors.features} of {priors.feature_dim} channels and the recipe's "
+                f"--model.feature-dim is {config.feature_dim}; make them with `headsplat priors --features`, or set it "
+                f"to {priors.feature_dim}."
             )
 
     def build(self) -> nn.Module:
