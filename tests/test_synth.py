@@ -13,7 +13,7 @@ from avatars.head import ParametricHead
 from avatars.head.makehuman import ARKIT_NAMES
 from shards.synth import synthesize
 from shards.synth.capture import DEPTH_UNIT, subject_seed
-from shards.synth.dome import look_at, rig
+from shards.synth.dome import TARGET, golden_camera, look_at, rig
 from shards.synth.expressions import POSES, code, random_expression, smooth_sequence
 from shards.synth.light import Light, bake, sphere
 from shards.synth.raster import depth_buffer
@@ -207,10 +207,41 @@ def test_dome_cameras_look_at_the_head():
         assert np.abs(middle[:2] / middle[2] - 64).max() < 1.5
         above = K @ (pose[:3, :3] @ [0, 0.09, 0] + pose[:3, 3])
         assert above[1] / above[2] < middle[1] / middle[2]  # upright: y runs down in the picture
+    directions = centres / distance[:, None]
+    cosine = directions @ directions.T - 2 * np.eye(80)
+    assert cosine.max() < np.cos(np.radians(2))  # no two cameras at one place
     half = rig("dome", 40, 128)
     assert np.allclose(half.world_to_camera, cameras.world_to_camera[:40])
     assert np.allclose(look_at(np.array([0.0, 0, 1]), np.zeros(3))[0], [1, 0, 0, 0])
     assert len(rig("nersemble", 16, 64).ids) == 16
+
+
+def test_one_camera_of_the_dome_is_the_one_that_ava_256_published():
+    K, pose = golden_camera(667)  # the 4TB release's width
+    rotation = pose[:3, :3]
+    assert np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5)
+    # In the release's world (y down, z backwards, millimetres), as its calibration file has it.
+    published = np.eye(4)
+    published[:3, :3] = rotation @ np.diag([1.0, -1.0, -1.0])
+    published[:3, 3] = (
+        pose[:3, 3] * 1000 + rotation @ TARGET * 1000 - published[:3, :3] @ [-60.4, 29.5, 993.3]
+    )
+    assert np.allclose(published[2, :3], [-0.481672, 0.870695, 0.099408], atol=1e-6)
+    assert np.allclose(published[:3, 3], [-854.7404, 576.3865, 988.4146], atol=0.05)
+    assert np.allclose(-published[:3, :3].T @ published[:3, 3], [493.3398, -968.1090, 926.9017], atol=0.05)
+    # The sheet's pixel of the head's centre, (260.218, 499.528) at 667 x 1024, is the middle of the crop.
+    corner = np.array([260.218, 499.528]) - 667 / 2
+    assert np.allclose(
+        [K[0, 2] + corner[0], K[1, 2] + corner[1]], np.array([1413.0679, 1783.6005]) / 4, atol=0.01
+    )
+    assert np.allclose([K[0, 0], K[1, 1]], np.array([10355.0888, 10348.6305]) / 4, rtol=1e-6)
+    cameras = rig("dome", 80, 667)
+    same = [
+        np.allclose(k, K) and np.allclose(p, pose)
+        for k, p in zip(cameras.K, cameras.world_to_camera, strict=True)
+    ]
+    assert sum(same) == 1
+    assert np.abs(cameras.K[:, 0, 0] / K[0, 0] - 1).max() < 0.011
 
 
 def test_expression_names_and_weights_are_checked():

@@ -28,6 +28,9 @@ from shards.synth.traced import TracedPerson
 __all__ = ["DEPTH_UNIT", "SCHEMA", "synthesize", "write_capture"]
 
 SCHEMA = 1
+GENERATOR = (
+    2  # counts up when people, light or cameras of a seed change: captures of two generators do not mix
+)
 LAYOUT = "headsplat-synthetic"
 DEPTH_UNIT = 6.25e-5  # metres a step of the 16-bit depth pictures: 4 m at most
 MOTIONS = ("random", "smooth")
@@ -87,7 +90,7 @@ def synthesize(
     out = Path(out)
     settings = {
         "timesteps": timesteps, "views": views, "size": size, "seed": seed, "rig": rig_name, "motion": motion,
-        "quality": quality,
+        "quality": quality, "generator": GENERATOR,
     }  # fmt: skip
     folders = [out / f"s{number:04d}" for number in numbers]
     wanted = [

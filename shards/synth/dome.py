@@ -1,6 +1,10 @@
 """Camera rigs: a dome like Ava-256's with 80 cameras, and an arc like NeRSemble's with 16.
 
 OpenCV axes, metres, world-to-camera; the studio frame is the head frame of a head at rest.
+
+Published of Ava-256: 80 cameras a subject out of a dome of 172, and one calibration, camera 400940 of the sample data.
+Taken from it: its place, direction and principal point as they are (one of our 80 is that camera), and its focal length
+and distance for all others. The other 79 positions are not in any published file that we have and are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +21,18 @@ __all__ = ["RIGS", "Rig", "look_at", "rig"]
 Array = NDArray[np.float64]
 
 TARGET = np.array([0.0, -0.010, 0.0])  # the middle of a head with neck and hair
-EXTENT = 0.31  # metres that a picture spans at the head
+EXTENT = 0.31  # metres that a picture of the nersemble rig spans at the head
+
+# Camera 400940: millimetres, pixels of a picture 2,668 wide; world axes x to the subject's left, y down, z backwards.
+NATIVE_WIDTH = 2668
+GOLDEN_FOCAL = np.array([10355.0888, 10348.6305])
+GOLDEN_PRINCIPAL = np.array([1413.0679, 1783.6005])
+GOLDEN_CENTRE = np.array([493.3398, -968.1090, 926.9017])
+GOLDEN_TRANSLATION = np.array([-854.7404, 576.3865, 988.4146])
+GOLDEN_FORWARD = np.array([-0.481672, 0.870695, 0.099408])  # third row of its rotation
+MEAN_HEAD = np.array([-60.4, 29.5, 993.3])  # where the data set's heads are on average
+MEAN_HEAD_SEEN = np.array([-41.0451, 23.6707, 1141.9349])  # the same point in the camera's axes
+DOME_RADIUS = float(np.linalg.norm(GOLDEN_CENTRE - MEAN_HEAD)) / 1000  # 1.143 m
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,41 @@ def _directions(count: int) -> Array:
     return pool[chosen]
 
 
+def golden_camera(size: int) -> tuple[Array, Array]:
+    """Ava-256's published camera: K (3, 3) of the square crop around the head, world-to-camera (4, 4) in the studio.
+
+    The crop is as wide as the published picture and centred on the head's projection, as readers of the data cut it.
+    """
+    # The rows of R from what is known of it: R c = -t, and where the head's centre is seen.
+    known = np.stack([GOLDEN_CENTRE, MEAN_HEAD, GOLDEN_FORWARD])
+    first = np.linalg.solve(known, [-GOLDEN_TRANSLATION[0], (MEAN_HEAD_SEEN - GOLDEN_TRANSLATION)[0], 0.0])
+    first /= np.linalg.norm(first)
+    rotation = np.stack([first, np.cross(GOLDEN_FORWARD, first), GOLDEN_FORWARD])
+    world_to_camera = np.eye(4)
+    world_to_camera[:3, :3] = rotation @ np.diag([1.0, -1.0, -1.0])  # the studio has y up and z forward
+    world_to_camera[:3, 3] = MEAN_HEAD_SEEN / 1000 - world_to_camera[:3, :3] @ TARGET
+    head = GOLDEN_FOCAL * MEAN_HEAD_SEEN[:2] / MEAN_HEAD_SEEN[2] + GOLDEN_PRINCIPAL
+    K = np.eye(3)
+    K[0, 0], K[1, 1] = GOLDEN_FOCAL / NATIVE_WIDTH * size
+    K[:2, 2] = (GOLDEN_PRINCIPAL - head + NATIVE_WIDTH / 2) / NATIVE_WIDTH * size
+    return K, world_to_camera
+
+
 def dome(views: int, size: int) -> Rig:
-    """The leading `views` cameras of the 80-camera dome (more when asked), 1.0 to 1.2 m from the head."""
-    directions = _directions(max(views, 80))[:views]
+    """The leading `views` cameras of the 80-camera dome (more when asked), about 1.14 m from the head."""
+    count = max(views, 80)
+    directions = _directions(count)
     rng = np.random.default_rng(256)  # the rig is the same for every capture, as a real one is
-    distance = rng.uniform(1.0, 1.2, max(views, 80))[:views]
-    zoom = rng.uniform(0.99, 1.01, max(views, 80))[:views]
-    shift = rng.uniform(-0.004, 0.004, (max(views, 80), 2))[:views]
-    return _rig(directions, distance, zoom, shift, size, [f"c{i:02d}" for i in range(views)])
+    distance = DOME_RADIUS * rng.uniform(0.97, 1.03, count)
+    zoom = rng.uniform(0.99, 1.01, count)
+    shift = rng.uniform(-0.004, 0.004, (count, 2))
+    focal = GOLDEN_FOCAL.mean() / NATIVE_WIDTH
+    out = _rig(directions, distance, focal * zoom, shift, size, [f"c{i:02d}" for i in range(count)])
+    K, pose = golden_camera(size)
+    direction = -pose[:3, :3].T @ pose[:3, 3] - TARGET
+    nearest = int((directions @ direction).argmax())
+    out.K[nearest], out.world_to_camera[nearest] = K, pose
+    return Rig(out.K[:views], out.world_to_camera[:views], out.ids[:views])
 
 
 def nersemble(views: int, size: int) -> Rig:
@@ -88,13 +130,16 @@ def nersemble(views: int, size: int) -> Rig:
     )
     order = np.argsort(np.abs(azimuth), kind="stable")[:views]
     ids = [f"2222{i:05d}" for i in range(views)]
-    return _rig(directions[order], np.full(views, 1.0), np.ones(views), np.zeros((views, 2)), size, ids)
+    return _rig(
+        directions[order], np.full(views, 1.0), np.full(views, 1 / EXTENT), np.zeros((views, 2)), size, ids
+    )
 
 
-def _rig(directions: Array, distance: Array, zoom: Array, shift: Array, size: int, ids: list[str]) -> Rig:
+def _rig(directions: Array, distance: Array, focal: Array, shift: Array, size: int, ids: list[str]) -> Rig:
+    """Cameras (n) that look at the target; `focal` (n) and `shift` (n, 2) are in widths of the picture."""
     n = len(directions)
     K = np.zeros((n, 3, 3))
-    K[:, 0, 0] = K[:, 1, 1] = size * distance / EXTENT * zoom
+    K[:, 0, 0] = K[:, 1, 1] = size * focal
     K[:, :2, 2] = size / 2 + shift * size
     K[:, 2, 2] = 1
     poses = [look_at(TARGET + d * r, TARGET) for d, r in zip(directions, distance, strict=True)]
