@@ -5,7 +5,7 @@ from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 from avatars.head import ParametricHead
 from avatars.inputs import InputSet
-from avatars.method import Avatar, Method, load_avatar, render
+from avatars.method import Avatar, Method, load_avatar, load_method, render
 from avatars.rasterize import Rendering, rasterize
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Rendering",
     "UserError",
     "load_avatar",
+    "load_method",
     "rasterize",
     "render",
 ]

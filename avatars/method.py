@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from avatars.cameras import Cameras
@@ -14,7 +15,7 @@ from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 from avatars.rasterize import Rendering, rasterize
 
-__all__ = ["Avatar", "Method", "load_avatar", "render"]
+__all__ = ["Avatar", "Method", "load_avatar", "load_method", "render"]
 
 
 @runtime_checkable
@@ -29,8 +30,17 @@ class Avatar(Protocol):
     method: str
     expression_kind: str
 
+    @property
+    def expression_length(self) -> int:
+        """Length E of that code."""
+        ...
+
     def gaussians(self, expression: Tensor) -> Gaussians:
         """The avatar with the face that `expression` (E,) describes, in the head frame."""
+        ...
+
+    def sequence(self, expressions: Tensor) -> list[Gaussians]:
+        """What `gaussians` makes of each of several codes (B, E), in one pass where the method can."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -39,9 +49,25 @@ class Avatar(Protocol):
 
 
 class Method(Protocol):
-    """What makes avatars out of an input set."""
+    """What makes avatars out of an input set.
+
+    Attributes:
+        name: for example "avat3r".
+        expression_kind: the kind of code that drives its avatars.
+    """
 
     name: str
+    expression_kind: str
+
+    @property
+    def expression_length(self) -> int:
+        """Length of the code."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the square pictures."""
+        ...
 
     def create(self, inputs: InputSet) -> Avatar:
         """Makes the avatar of the person in `inputs`."""
@@ -68,6 +94,29 @@ def render(
         image (C, 3, H, W), alpha (C, 1, H, W) and depth (C, 1, H, W).
     """
     return rasterize(avatar.gaussians(expression), cameras, size, background)
+
+
+def load_method(folder: str | Path, dtype: torch.dtype = torch.float32) -> Method:
+    """Reads a trained network that makes avatars.
+
+    Args:
+        folder: what a training exported, with `model.json`.
+        dtype: arithmetic of the network.
+
+    Raises:
+        UserError: the folder holds no model, or one of a method that this version does not know.
+    """
+    description = Path(folder) / "model.json"
+    if not description.is_file():
+        raise UserError(
+            f"{folder} holds no model.json. Train a model with `make train`, or name its export folder."
+        )
+    method = json.loads(description.read_text()).get("method")
+    if method == "avat3r":
+        from avatars.avat3r import Avat3rMethod
+
+        return Avat3rMethod.load(folder, dtype)
+    raise UserError(f"{description} names the method {method!r}; this version reads avat3r.")
 
 
 def load_avatar(folder: str | Path) -> Avatar:

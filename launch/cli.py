@@ -19,6 +19,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "launch.training:launch",
         "prepares data, starts every rank with DeepSpeed and evaluates: `make train`",
     ),
+    "create": ("launch.driving:create", "makes an avatar of a few pictures with cameras"),
+    "drive": ("launch.driving:drive", "shows an avatar with other expressions: video, pictures, Gaussians"),
+    "preflight": (
+        "launch.multihost:preflight",
+        "checks all hosts of a hostfile, as `launch` does before a rank starts",
+    ),
     "fit": ("launch.fitting:fit", "fits a per-subject method to held-out people on Ray"),
     "eval": ("launch.evaluation:evaluate", "measures a trained model or fitted avatars on held-out people"),
     "report": ("launch.evaluation:report", "compares everything that was evaluated"),

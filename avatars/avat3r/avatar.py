@@ -58,6 +58,16 @@ class Avat3rMethod:
         provenance = json.loads((Path(folder) / "model.json").read_text())["provenance"]
         return cls(model.to(dtype), provenance["expression_kind"])
 
+    @property
+    def expression_length(self) -> int:
+        """Length of the expression code."""
+        return self.model.config.expression_dim
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the square pictures that it takes."""
+        return self.model.config.size
+
     @torch.no_grad()
     def create(self, inputs: InputSet) -> Avat3rAvatar:
         """Encodes the pictures once.
@@ -111,6 +121,11 @@ class Avat3rAvatar:
         self.cameras = cameras  # N, of these pictures
         self.expression_kind = expression_kind
         self.provenance = provenance
+
+    @property
+    def expression_length(self) -> int:
+        """Length of the expression code."""
+        return self.model.config.expression_dim
 
     def gaussians(self, expression: Tensor) -> Gaussians:
         """The person with the face that `expression` (E,) describes, in the head frame."""

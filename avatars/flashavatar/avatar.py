@@ -106,6 +106,11 @@ class FlashAvatar(nn.Module):
         """The head that carries the Gaussians."""
         return self._head[0]
 
+    @property
+    def expression_length(self) -> int:
+        """Length of the expression code."""
+        return self.head.n_expression
+
     def _apply(self, fn: Any, recurse: bool = True) -> FlashAvatar:
         """Moves to another device (`to`, `cuda`, …) with a copy of the head, which others may use."""
         device = self.identity.device
@@ -161,13 +166,24 @@ class FlashAvatar(nn.Module):
         Raises:
             UserError: the code has another length than the head's.
         """
-        if expression.shape != (self.head.n_expression,):
+        return self.sequence(expression[None])[0]
+
+    @torch.no_grad()
+    def sequence(self, expressions: Tensor) -> list[Gaussians]:
+        """The person with each of several faces (B, E); the head is posed for all of them at once.
+
+        Raises:
+            UserError: the codes have another length than the head's.
+        """
+        if expressions.shape[1:] != (self.head.n_expression,):
             raise UserError(
                 f"This avatar is driven by {self.expression_kind} codes of {self.head.n_expression} numbers, "
-                f"not by {tuple(expression.shape)}."
+                f"not by {tuple(expressions.shape[1:])}."
             )
-        expression = expression.to(self.encoded)
-        return self.deform(self.posed_centers(expression[None])[0], expression)
+        codes = expressions.to(self.encoded)
+        return [
+            self.deform(centers, code) for centers, code in zip(self.posed_centers(codes), codes, strict=True)
+        ]
 
     def save(self, folder: Path) -> None:
         """Writes `avatar.json` and `avatar.safetensors`; the head itself is not copied, only named."""

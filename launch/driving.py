@@ -1,0 +1,182 @@
+"""`headsplat create` makes an avatar of a few pictures; `headsplat drive` shows it with other expressions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from avatars.errors import UserError
+from launch.options import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avatars.inputs import InputSet
+    from avatars.method import Avatar, Method
+
+__all__ = ["create", "drive"]
+
+
+@dataclass(frozen=True)
+class CreateOptions:
+    """Makes an avatar of a few pictures with cameras, by a trained network."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder that a training exported, for example work/runs/avat3r-cpu/export."""
+    avatar: Annotated[Path, tyro.conf.Positional]
+    """Folder to write the avatar into."""
+    pictures: Path | None = None
+    """Folder of pictures with their cameras in pictures.json."""
+    data: Path | None = None
+    """Packed shards to take an input set from, instead of pictures."""
+    subject: str = ""
+    """With --data: whose input set; the first held-out person's by default."""
+    input_set: int = 0
+    """With --data: which of the person's input sets."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; bf16 drives about twice as fast where the hardware has it."""
+
+
+def create(words: list[str]) -> None:
+    """`headsplat create MODEL AVATAR --pictures FOLDER`."""
+    import torch
+
+    from avatars.method import load_method
+
+    options = parse(CreateOptions, words, "create")
+    if (options.pictures is None) == (options.data is None):
+        raise UserError("Say where the pictures are: --pictures FOLDER, or --data SHARDS with --subject.")
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    method = load_method(options.model, dtype)
+    inputs = chosen_inputs(options, method)
+    started = time.perf_counter()
+    avatar = method.create(inputs)
+    seconds = time.perf_counter() - started
+    avatar.save(options.avatar)
+    print(
+        f"{options.avatar}: {method.name} of {inputs.subject} from {len(inputs)} pictures in {seconds:.2f} s, "
+        f"driven by {avatar.expression_kind} codes"
+    )
+
+
+def chosen_inputs(options: CreateOptions, method: Method) -> InputSet:
+    """The pictures that the options name, as the method takes them."""
+    if options.pictures is not None:
+        from shards.photographs import read_photographs
+
+        return read_photographs(
+            options.pictures, method.size, method.expression_kind, method.expression_length
+        )
+    from shards import Manifest, open_shards
+
+    assert options.data is not None  # `create` has checked it
+    manifest = Manifest.load(options.data)
+    subject = options.subject or (manifest.heldout or manifest.train)[0]
+    split = "heldout" if subject in manifest.heldout else "train"
+    sets = open_shards(options.data, split).read(subject).input_sets
+    if not 0 <= options.input_set < len(sets):
+        raise UserError(
+            f"{subject} has {len(sets)} input sets and --input-set is {options.input_set}; count from 0."
+        )
+    return sets[options.input_set]
+
+
+@dataclass(frozen=True)
+class DriveOptions:
+    """Drives an avatar: a video, single pictures, or Gaussians to load elsewhere."""
+
+    avatar: Annotated[Path, tyro.conf.Positional]
+    """Folder of an avatar of any method."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """NAME.mp4 for a video, else a folder of numbered files."""
+    expressions: Path | None = None
+    """Codes to show: .npy, .json or .csv (Live Link Face); a made-up smooth sequence by default."""
+    data: Path | None = None
+    """Packed shards: show the expressions that a person in them made, instead."""
+    subject: str = ""
+    """With --data: whose; the first held-out person's by default."""
+    frames: int = 96
+    """Length of the made-up sequence."""
+    fps: int = 24
+    """Pictures a second of the video."""
+    size: int = 256
+    """Side of the pictures in pixels."""
+    sweep: float = 25.0
+    """Degrees to either side that the camera swings; 0 keeps it straight ahead."""
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Colour behind the head, each from 0 to 1."""
+    files: Literal["png", "ply", "splat", "spz"] = "png"
+    """What a folder gets: pictures, or the Gaussians of each expression."""
+    seed: int = 0
+    """Of the made-up sequence."""
+
+
+def drive(words: list[str]) -> None:
+    """`headsplat drive AVATAR OUTPUT`."""
+    import torch
+    from PIL import Image
+
+    from avatars.export import save_gaussians
+    from avatars.method import load_avatar
+    from eval.movies import frames, portrait_cameras, write_video
+
+    options = parse(DriveOptions, words, "drive")
+    if options.size < 16 or options.fps < 1 or options.frames < 1:
+        raise UserError("--size must be at least 16, --fps and --frames at least 1.")
+    if not all(0 <= value <= 1 for value in options.background):
+        raise UserError(f"--background {options.background} must be three numbers from 0 to 1.")
+    avatar = load_avatar(options.avatar)
+    codes = chosen_expressions(options, avatar)
+    cameras = portrait_cameras(len(codes), options.size, options.sweep)
+    pictures = frames(avatar, codes, cameras, options.size, torch.tensor(options.background))
+    started = time.perf_counter()
+    if options.output.suffix == ".mp4":
+        write_video(pictures, options.output, options.fps)
+    elif options.output.suffix:
+        raise UserError(f"{options.output}: end it in .mp4 for a video, or give a folder for single files.")
+    else:
+        options.output.mkdir(parents=True, exist_ok=True)
+        if options.files == "png":
+            for number, picture in enumerate(pictures):
+                Image.fromarray(picture).save(options.output / f"{number:05d}.png")
+        else:
+            provenance = {"avatar": avatar.method, "made_from": getattr(avatar, "provenance", {})}
+            for number, code in enumerate(codes):
+                path = options.output / f"{number:05d}.{options.files}"
+                save_gaussians(avatar.gaussians(code), path, provenance=provenance)
+    seconds = time.perf_counter() - started
+    print(f"{options.output}: {len(codes)} expressions in {seconds:.1f} s, writing included")
+
+
+def chosen_expressions(options: DriveOptions, avatar: Avatar) -> Tensor:
+    """The codes (T, E) that the options name."""
+    import numpy as np
+    import torch
+
+    kind, length = avatar.expression_kind, avatar.expression_length
+    if options.expressions is not None and options.data is not None:
+        raise UserError("Give --expressions or --data, not both.")
+    if options.expressions is not None:
+        from avatars.expressions import read_expressions
+
+        return read_expressions(options.expressions, kind, length)
+    if options.data is not None:
+        from shards import Manifest, open_shards
+
+        manifest = Manifest.load(options.data)
+        if manifest.expression_kind != kind:
+            raise UserError(
+                f"{options.data} holds {manifest.expression_kind} codes and the avatar is driven by {kind}."
+            )
+        subject = options.subject or (manifest.heldout or manifest.train)[0]
+        split = "heldout" if subject in manifest.heldout else "train"
+        return torch.stack([t.expression for t in open_shards(options.data, split).read(subject).targets])
+    if kind != "arkit-52":
+        raise UserError(f"This avatar is driven by {kind} codes; give some with --expressions or --data.")
+    from shards.synth.expressions import smooth_sequence
+
+    return torch.from_numpy(smooth_sequence(np.random.default_rng(options.seed), options.frames))
