@@ -18,7 +18,7 @@ import tyro
 from avatars.errors import UserError
 from launch.data import DEMO, DemoCaptures, shards_for
 from launch.options import parse
-from launch.preflight import check_hosts, free_port
+from launch.preflight import check_hosts, chosen_hosts, free_port
 from launch.recipes import RECIPES, find_recipe
 from launch.workspace import Workspace
 from train.config import TrainConfig
@@ -70,8 +70,9 @@ def train_rank(options: TrainOptions) -> int:
     """This process as one rank of a training."""
     import torch
 
-    from train.loop import Preempted, single_process_environment
+    from train.endings import Preempted
     from train.loop import train as run_loop
+    from train.start import single_process_environment
     from train.tasks import task_for
     from train.telemetry import RunLog
 
@@ -103,7 +104,7 @@ def tracked(options: TrainOptions, rank: int) -> AbstractContextManager[Any]:
         return nullcontext()
     from eval.tracking import TrainingRun
     from train.checkpoint import latest
-    from train.loop import Preempted
+    from train.endings import Preempted
 
     newest = latest(options.run)
     return TrainingRun(
@@ -134,6 +135,8 @@ class LaunchOptions:
     """Name of the run in that folder; the recipe's name by default."""
     port: int | None = None
     """Port of the ranks' rendezvous; any free one by default."""
+    reach: str = "ssh"
+    """Command that reaches a host of the hostfile: "ssh -F config" or "srun --overlap"."""
     args: str = ""
     """Overrides of the recipe, as one string: "--steps 100 --optimizer.lr 1e-4"."""
     demo: DemoCaptures = DEMO
@@ -161,12 +164,14 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     Raises:
         UserError: a check failed, or the training ended without finishing.
     """
+    from launch.multihost import checkpoint_bytes, train_on_hosts
     from shards import Manifest
     from train.tasks import task_for
 
     config = find_recipe(options.recipe)
     check_hosts(options.nodes, options.hostfile)
-    port = free_port(options.port)
+    # On other hosts the port is the preflight's to try.
+    port = free_port(options.port) if options.hostfile is None else 0
     workspace = Workspace(options.out)
     run = workspace.run(options.run or options.recipe)
     # Wrong overrides are told here once, not by every rank after minutes of preparing data.
@@ -175,10 +180,16 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
     shards = shards_for(options.data, workspace, config.model.size, options.demo)
     task_for(config).check(Manifest.load(shards))
-    command = deepspeed_command(options, config, port, shards, run, workspace, overrides)
-    status = subprocess.run(command, env=rank_environment()).returncode
-    if status != 0:
-        raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
+    words = rank_words(options, shards, run, workspace, overrides)
+    if options.hostfile is not None:
+        hosts = chosen_hosts(options.nodes, options.hostfile)
+        need = checkpoint_bytes(config)
+        train_on_hosts(hosts, options.reach, words, shards, run, workspace.tracking_uri, options.port, need)
+    else:
+        command = deepspeed_command(config, port, words)
+        status = subprocess.run(command, env=rank_environment()).returncode
+        if status != 0:
+            raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
     if exported_step(run) < config.steps:
         raise UserError(
             f"The training in {run} was stopped before its last step; the same command goes on from there."
@@ -192,35 +203,22 @@ def exported_step(run: Path) -> int:
     return int(json.loads(description.read_text())["provenance"]["step"]) if description.is_file() else 0
 
 
-def deepspeed_command(
-    options: LaunchOptions,
-    config: TrainConfig,
-    port: int,
-    shards: Path,
-    run: Path,
-    workspace: Workspace,
-    overrides: list[str],
+def rank_words(
+    options: LaunchOptions, shards: Path, run: Path, workspace: Workspace, overrides: list[str]
 ) -> list[str]:
-    """The real launcher's command line."""
+    """What one rank is told after `python -m launch.cli`."""
+    words = ["train", options.recipe, "--data", str(shards.resolve()), "--run", str(run.resolve())]
+    return [*words, "--tracking", workspace.tracking_uri, *overrides]
+
+
+def deepspeed_command(config: TrainConfig, port: int, words: list[str]) -> list[str]:
+    """The real launcher's command line for the ranks of this machine."""
     import torch
 
     ranks = torch.cuda.device_count() or config.ranks_without_gpu
-    words = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
-    words += ["--master_port", str(port), "--no_local_rank"]
-    if options.hostfile is not None:
-        words += ["--hostfile", str(options.hostfile), "--num_nodes", str(options.nodes)]
-    else:
-        words += ["--num_gpus", str(ranks)]
-    words += ["--module", "launch.cli", "train", options.recipe]
-    words += [
-        "--data",
-        str(shards.resolve()),
-        "--run",
-        str(run.resolve()),
-        "--tracking",
-        workspace.tracking_uri,
-    ]
-    return words + overrides
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
+    launcher += ["--master_port", str(port), "--no_local_rank", "--num_gpus", str(ranks)]
+    return [*launcher, "--module", "launch.cli", *words]
 
 
 def rank_environment() -> dict[str, str]:
