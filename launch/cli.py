@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "launch.multihost:preflight",
         "checks all hosts of a hostfile, as `launch` does before a rank starts",
     ),
+    "view": ("launch.viewing:view", "shows an avatar in the browser, with a slider for every expression"),
     "fit": ("launch.fitting:fit", "fits a per-subject method to held-out people on Ray"),
     "eval": ("launch.evaluation:evaluate", "measures a trained model or fitted avatars on held-out people"),
     "report": ("launch.evaluation:report", "compares everything that was evaluated"),
