@@ -18,9 +18,10 @@ from launch.recipes import RECIPES, find_recipe
 from train.checkpoint import latest
 from train.config import OptimizerConfig, learning_rate
 from train.deepspeed_config import check_top_level, deepspeed_json
-from train.loop import losses, require_finite
+from train.endings import SharedFailure
+from train.guards import require_finite
 from train.tasks import task_for
-from train.telemetry import SharedFailure
+from train.telemetry import losses
 
 GOLDEN = Path(__file__).parent / "golden" / "avat3r-tiny.json"
 
@@ -96,11 +97,11 @@ def test_a_loss_that_is_not_finite_names_the_examples(monkeypatch):
         reports[:] = [own, (0.5, ["s01-t00002"])]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    require_finite(0.5, 0.5, ["s00-t00001"], step=3)
+    require_finite("loss", 0.5, 0.5, ["s00-t00001"], step=3)
     with pytest.raises(
         SharedFailure, match=r"loss is nan at step 4, from the examples s00-t00001\. The last"
     ):
-        require_finite(math.nan, math.nan, ["s00-t00001"], step=3)
+        require_finite("loss", math.nan, math.nan, ["s00-t00001"], step=3)
 
 
 def test_no_space_keeps_the_older_checkpoint(straight, tiny_shards, tmp_path):

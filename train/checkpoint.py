@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from avatars.errors import UserError
 from avatars.files import write_whole
-from train.telemetry import SharedFailure
+from train.endings import SharedFailure
 
 __all__ = ["Meta", "latest", "load", "save"]
 

@@ -13,6 +13,7 @@ from avatars.errors import UserError
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "LossConfig",
     "OptimizerConfig",
     "Precision",
@@ -78,6 +79,38 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What ends a run, and after how long. Every limit is in seconds of wall time."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss does: stop the run, or leave the examples out of the step."""
+    max_skips: int = 10
+    """Steps with examples left out after which the run stops anyway."""
+    spike_factor: float = 5.0
+    """A loss above this many times the median of the last 100 steps is recorded with its examples; 0 for never."""
+    data_seconds: float = 300.0
+    """Longest wait for a micro-batch."""
+    step_seconds: float = 600.0
+    """Longest computation of a step, longest wait in a collective; longer than --guard.data-seconds."""
+    first_step_seconds: float = 1800.0
+    """The same up to the end of the first step, while kernels are built."""
+    checkpoint_seconds: float = 1800.0
+    """Longest checkpoint or validation."""
+    silence_seconds: float = 25.0
+    """A rank without a sign of life for so long counts as gone: its host is down or the network is cut."""
+
+    def __post_init__(self) -> None:
+        for name in ("data_seconds", "silence_seconds"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--guard.{name.replace('_', '-')} must be more than 0 seconds.")
+        if not self.data_seconds < self.step_seconds <= self.first_step_seconds:
+            raise UserError(
+                "--guard.data-seconds must be less than --guard.step-seconds and that not more than "
+                "--guard.first-step-seconds, as otherwise a wait for data looks like a hung collective."
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A complete training configuration. Recipes in `launch/recipes.py` return one."""
 
@@ -95,6 +128,8 @@ class TrainConfig:
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What ends a run."""
     precision: Precision = "bf16"
     """Arithmetic of the network; the rasterizer and the loss are always float32."""
     zero_stage: Literal[0, 1, 2, 3] = 1

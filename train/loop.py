@@ -6,14 +6,10 @@ no rank waits for one that went another way.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +18,18 @@ from torch import distributed as dist
 
 from avatars.errors import UserError
 from eval.provenance import versions
-from shards import BatchLoader, Manifest
+from shards import BatchLoader
 from train import checkpoint
 from train.config import TrainConfig, learning_rate
 from train.deepspeed_config import deepspeed_json
+from train.endings import Preempted, SharedFailure
+from train.guards import DATA, RECOVERY, GradientGate, LossSpikes, StopSignal, Watch, require_finite
+from train.start import agreed_checkpoint, claimed, join_ranks, usable
 from train.task import Batch, Task
-from train.telemetry import RunLog, SharedFailure
+from train.telemetry import RunLog
+from train.weights import whole_weights
 
-__all__ = ["Preempted", "train"]
-
-
-RECOVERY = (
-    "The last checkpoint is whole: lower --optimizer.lr or look at these examples with `headsplat shards check`, "
-    "then run the same command again."
-)
-
-
-class Preempted(Exception):
-    """The run was asked to stop, wrote a checkpoint and can be started again."""
+__all__ = ["train"]
 
 
 def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -> None:
@@ -53,34 +43,27 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         log: where every step is told.
 
     Raises:
-        UserError: what a user can mend: other data, a loss that is not finite, no space.
+        UserError: what a user can mend: other data, a loss that is not finite, no space, a rank that died.
         Preempted: SIGTERM came; a checkpoint is written.
     """
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    manifest = usable(data, task)
-    fingerprint = manifest.fingerprint
-    stop = StopSignal()
-
-    with claimed(run):
+    rank, world_size = join_ranks(config)
+    stop = StopSignal(run)
+    watch = Watch(config.guard, log.last_words)
+    with watch.over(), claimed(run):
+        manifest = usable(data, task)
         torch.manual_seed(config.seed)
         module = task.build()
         provenance = {
             "recipe": config.recipe,
-            "data": fingerprint,
+            "data": manifest.fingerprint,
             "expression_kind": manifest.expression_kind,
             "versions": versions(),
         }
-        newest = agreed_checkpoint(run, config, fingerprint)
+        newest = agreed_checkpoint(run, config, manifest.fingerprint)
         if newest is None and rank == 0:
             task.export(module, run / "initial", provenance | {"step": 0})
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=list(module.parameters()),
-            config=deepspeed_json(config, world_size),
-        )
+        gate = GradientGate(module) if config.guard.nonfinite == "skip" else None
+        engine = deepspeed_engine(module, config, world_size)
         first = 0
         if newest is not None:
             folder, meta = newest
@@ -88,232 +71,178 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
             first = meta.step
             log.say(f"resuming {run} at step {first} of {config.steps} from {folder.name}")
         log.start(config, resumed_at=first)
-
-        batches = BatchLoader(
-            data,
-            "train",
-            seed=config.data.seed,
-            micro_batch=config.data.micro_batch,
-            world_size=world_size,
-            rank=rank,
-            start=first * config.accumulate,
-            views=config.data.views,
+        spikes = LossSpikes(config.guard.spike_factor)
+        skips = 0
+        loader = iter(
+            BatchLoader(
+                data,
+                "train",
+                seed=config.data.seed,
+                micro_batch=config.data.micro_batch,
+                world_size=world_size,
+                rank=rank,
+                start=first * config.accumulate,
+                views=config.data.views,
+            )
         )
-        loader = iter(batches)
         for step in range(first, config.steps):
             started = time.perf_counter()
+            rate = learning_rate(step, config.optimizer, config.steps)
             for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.optimizer, config.steps)
-            parts, waited, ids = accumulate(engine, loader, config.accumulate)
-            parts["stop"] = torch.tensor(float(stop.asked))
-            means = mean_over_ranks(parts)
-            stopping = means.pop("stop") > 0
-            require_finite(means["loss"], float(parts["loss"]), ids, step)
+                group["lr"] = rate
+            own = accumulate(engine, loader, config, watch, gate)
+            means, wishes = agree(own, {"stop": float(stop.asked), "skipped": float(bool(own.left_out))})
+            if gate is None:
+                require_finite("loss", means["loss"], own.mean("loss"), own.ids, step)
+            elif wishes["skipped"]:
+                skips += 1
+                tell_skipped(log, own, step, skips, config, lost=not math.isfinite(means["loss"]))
+            if (usual := spikes.look(means["loss"])) is not None:
+                log.spike(step + 1, means["loss"], usual, own.ids)
+            watch.enter("the optimiser's step", config.guard.step_seconds)
             engine.step()
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            require_finite("gradient", norm, norm, own.ids, step)
+            watch.warm()
             log.step(
                 step + 1,
-                means,
-                lr=learning_rate(step, config.optimizer, config.steps),
+                means | {"grad_norm": norm},
+                lr=rate,
                 seconds=time.perf_counter() - started,
-                waited=waited,
+                waited=own.waited,
                 examples=config.data.micro_batch * config.accumulate * world_size,
             )
             done = step + 1
-            if done == config.steps or done % config.checkpoint.every == 0 or stopping:
+            if done == config.steps or done % config.checkpoint.every == 0 or wishes["stop"]:
+                watch.enter("writing a checkpoint", config.guard.checkpoint_seconds)
                 meta = checkpoint.Meta(
                     step=done,
                     micro_batches=done * config.accumulate,
                     world_size=world_size,
                     config=config.to_json(),
-                    data=fingerprint,
+                    data=manifest.fingerprint,
                     versions=versions(),
                     tracking_run=log.tracking_run,
                 )
                 where = checkpoint.save(engine, run, meta, config.checkpoint.keep)
                 log.say(f"wrote {where.name}")
-            if stopping and done < config.steps:
+            if wishes["stop"] and done < config.steps:
+                if rank == 0:
+                    stop.obeyed()
                 raise Preempted(
                     f"stopped at step {done} of {config.steps}; the same command goes on from there"
                 )
+        watch.enter("writing the network", config.guard.checkpoint_seconds)
         with whole_weights(engine, config.zero_stage):
             if rank == 0:
                 task.export(engine.module, run / "export", provenance | {"step": max(first, config.steps)})
         dist.barrier()
 
 
-def usable(data: Path, task: Task) -> Manifest:
-    """The shards' manifest, when the task can be trained on them.
+def deepspeed_engine(module: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
+    """DeepSpeed around the network."""
+    import deepspeed
 
-    Raises:
-        SharedFailure: it cannot. Every rank looks and finds the same.
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=list(module.parameters()),
+        config=deepspeed_json(config, world_size),
+    )
+    return engine
+
+
+@dataclass
+class Tally:
+    """What this rank's micro-batches of a step gave.
+
+    Attributes:
+        sums: loss and parts, summed over the micro-batches that count.
+        count: how many count.
+        waited: seconds spent waiting for data.
+        ids: the examples.
+        left_out: those of micro-batches whose loss is not finite, where the policy is to go on without them.
     """
-    try:
-        manifest = Manifest.load(data)
-        task.check(manifest)
-        return manifest
-    except UserError as error:
-        raise SharedFailure(str(error)) from error
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    count: int = 0
+    waited: float = 0.0
+    ids: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, parts: dict[str, torch.Tensor], ids: list[str], counts: bool) -> None:
+        """One micro-batch."""
+        self.ids += ids
+        self.count += counts
+        if not counts:
+            self.left_out += ids
+        for name, value in parts.items():
+            value = value.float() if counts else torch.zeros((), device=value.device)
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value
+
+    def mean(self, name: str) -> float:
+        """This rank's mean over the micro-batches that count."""
+        return float(self.sums[name]) / self.count if self.count else math.nan
 
 
 def accumulate(
-    engine: Any, loader: Iterator[Batch], micro_batches: int
-) -> tuple[dict[str, torch.Tensor], float, list[str]]:
-    """Forward and backward over the micro-batches of one step.
-
-    Returns:
-        Mean loss and parts of this rank, seconds spent waiting for data, and the ids of the examples.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    waited, ids = 0.0, []
-    for _ in range(micro_batches):
+    engine: Any, loader: Iterator[Batch], config: TrainConfig, watch: Watch, gate: GradientGate | None
+) -> Tally:
+    """Forward and backward over the micro-batches of one step."""
+    own = Tally()
+    for index in range(config.accumulate):
+        if index:
+            engine.step()  # counts the micro-batch before; the optimiser acts after the last one only
+        watch.enter(DATA, config.guard.data_seconds)
         asked = time.perf_counter()
         batch = next(loader)
-        waited += time.perf_counter() - asked
-        ids += batch["ids"]
+        own.waited += time.perf_counter() - asked
+        watch.enter("forward and backward", config.guard.step_seconds)
         batch = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         try:
             loss, parts = engine(batch)
         except UserError as error:
-            # Only this rank may have seen it, so it speaks for itself; the launcher ends the others.
             raise UserError(f"Examples {', '.join(batch['ids'])}: {error} {RECOVERY}") from error
+        counts = gate is None or math.isfinite(float(loss))
+        if gate is not None:
+            gate.shut = not counts
         engine.backward(loss)
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float() / micro_batches
-    return sums, waited, ids
+        own.add({"loss": loss.detach(), **parts}, batch["ids"], counts)
+    watch.enter("the mean over the ranks", config.guard.step_seconds)
+    return own
 
 
-def mean_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One small all-reduce for everything that is reported, the wish to stop included."""
-    device = parts["loss"].device
-    values = torch.stack([p.to(device=device, dtype=torch.float64) for p in parts.values()])
+def agree(own: Tally, wishes: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """One small all-reduce for everything that ranks tell each other about a step.
+
+    Returns:
+        Means of loss and parts over all micro-batches that count (NaN where none does), and the wishes summed.
+    """
+    device = own.sums["loss"].device
+    told = torch.tensor([own.count, *wishes.values()], dtype=torch.float64, device=device)
+    values = torch.cat([torch.stack(list(own.sums.values())).double(), told])
     dist.all_reduce(values)
-    return dict(zip(parts, (values / dist.get_world_size()).tolist(), strict=True))
+    *sums, count = values[: len(own.sums) + 1].tolist()
+    means = {name: value / count if count else math.nan for name, value in zip(own.sums, sums, strict=True)}
+    return means, dict(zip(wishes, values[len(own.sums) + 1 :].tolist(), strict=True))
 
 
-def require_finite(mean: float, own: float, ids: list[str], step: int) -> None:
-    """Ends the run on every rank when any rank's loss is not finite, naming the examples.
+def tell_skipped(log: RunLog, own: Tally, step: int, skips: int, config: TrainConfig, lost: bool) -> None:
+    """Records the examples that a step leaves out.
 
     Raises:
-        UserError: on all ranks alike, as the mean over ranks carries a NaN to everybody.
+        SharedFailure: no example is left, or it happened too often.
     """
-    if math.isfinite(mean):
-        return
     reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (own, ids))
-    culprits = [name for loss, names in reports if not math.isfinite(loss) for name in names]
-    raise SharedFailure(
-        f"The loss is {mean} at step {step + 1}, from the examples {', '.join(culprits)}. {RECOVERY}"
-    )
-
-
-def agreed_checkpoint(run: Path, config: TrainConfig, data: str) -> tuple[Path, checkpoint.Meta] | None:
-    """Rank 0 looks for a checkpoint and tells the others, as ranks may see a shared disk differently.
-
-    Raises:
-        UserError: the run's checkpoint is of another model or of other data.
-    """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [checkpoint.latest(run)]
-        except UserError as error:
-            found = [SharedFailure(str(error))]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], SharedFailure):
-        raise found[0]
-    newest = found[0]
-    if newest is None:
-        return None
-    meta = newest[1]
-    if not config.same_model_as(meta.config):
-        raise SharedFailure(
-            f"{run} holds a checkpoint of another model (recipe {meta.config.get('recipe')}); choose another RUN=."
+    dist.all_gather_object(reports, own.left_out)
+    names = ", ".join(name for report in reports for name in report)
+    log.event("skipped", at_step=step + 1, examples=own.left_out)
+    if lost or skips > config.guard.max_skips:
+        why = (
+            "no example is left" if lost else f"that is more than --guard.max-skips {config.guard.max_skips}"
         )
-    if meta.data != data:
         raise SharedFailure(
-            f"{run} was trained on other shards than the ones given; choose another RUN= or the same DATA=."
+            f"The loss is not finite at step {step + 1}, from the examples {names}; {why}. {RECOVERY}"
         )
-    return newest
-
-
-@contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """Keeps a second training out of the same folder; the lock goes with the process, however it dies.
-
-    Raises:
-        UserError: another run holds it. Every rank raises.
-    """
-    busy = [False]
-    handle = None
-    if dist.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = (run / "lock").open("w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = [True]
-    dist.broadcast_object_list(busy, src=0)
-    if busy[0]:
-        raise SharedFailure(f"Another training is running in {run}; wait for it, or choose another RUN=.")
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.close()
-
-
-@contextmanager
-def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
-    """Within this, every rank sees the whole parameters, also where ZeRO 3 has spread them."""
-    if zero_stage < 3:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        yield
-
-
-class StopSignal:
-    """Remembers that SIGTERM came, so that the step under way may end."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, signum: int, frame: Any) -> None:
-        self.asked = True
-
-
-def single_process_environment() -> None:
-    """Lets `headsplat train` run without a launcher, as a world of one."""
-    import socket
-
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+    log.say(
+        f"step {step + 1}: left out {names}, whose loss is not finite ({skips} of {config.guard.max_skips})"
     )
-
-
-def losses(run: Path, rank: int = 0) -> list[float]:
-    """The loss of every step that a run has logged, the last telling of a step counting.
-
-    Args:
-        run: the run's folder.
-        rank: whose log.
-    """
-    told: dict[int, float] = {}
-    for line in (run / "logs" / f"rank{rank}.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if "loss" in values:
-            told[values["step"]] = values["loss"]
-    return [told[step] for step in sorted(told)]

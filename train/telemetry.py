@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import IO, Protocol
 
-from avatars.errors import UserError
 from train.config import TrainConfig
+from train.endings import RunOver, SharedFailure
 
-__all__ = ["RunLog", "SharedFailure", "Tracker"]
-
-
-class SharedFailure(UserError):
-    """What every rank has found out alike, so that one voice is enough to tell it."""
+__all__ = ["RunLog", "Tracker", "losses"]
 
 
 class Tracker(Protocol):
@@ -25,6 +22,10 @@ class Tracker(Protocol):
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step."""
+        ...
+
+    def end(self, status: str, reason: str) -> None:
+        """The run's last status, from whatever thread."""
         ...
 
 
@@ -59,10 +60,28 @@ class RunLog:
             print(text, flush=True)
 
     def fail(self, error: Exception) -> None:
-        """Why the run ends. Rank 0 tells what all ranks know; another rank speaks only of what it alone saw."""
+        """Why the run ends. What all ranks know is told once, or once a host; another rank tells what it alone saw."""
         self._write({"event": "failed", "reason": str(error)})
-        if self.rank == 0 or not isinstance(error, SharedFailure):
+        once_a_host = isinstance(error, RunOver) and os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.rank == 0 or once_a_host or not isinstance(error, SharedFailure):
             print(f"headsplat: {error}", file=sys.stderr, flush=True)
+
+    def last_words(self, reason: str) -> None:
+        """The same where the main thread is stuck and the process ends at once."""
+        self.fail(RunOver(reason))
+        if self.tracker is not None:
+            self.tracker.end("FAILED", reason)
+
+    def event(self, name: str, **values: object) -> None:
+        """Something worth finding later in this rank's log."""
+        self._write({"event": name, **values})
+
+    def spike(self, step: int, loss: float, usual: float, ids: list[str]) -> None:
+        """A loss far above what it has been; every rank writes down its own examples."""
+        self.event("spike", at_step=step, spike=loss, usual=usual, examples=ids)
+        self.say(
+            f"step {step}: the loss is {loss:.4g}, lately {usual:.4g}; the examples are in the ranks' logs"
+        )
 
     def step(
         self, step: int, means: dict[str, float], *, lr: float, seconds: float, waited: float, examples: int
@@ -106,3 +125,18 @@ class RunLog:
         """Ends the file."""
         self._file.close()
         sys.stdout.flush()
+
+
+def losses(run: Path, rank: int = 0) -> list[float]:
+    """The loss of every step that a run has logged, the last telling of a step counting.
+
+    Args:
+        run: the run's folder.
+        rank: whose log.
+    """
+    told: dict[int, float] = {}
+    for line in (run / "logs" / f"rank{rank}.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if "loss" in values:
+            told[values["step"]] = values["loss"]
+    return [told[step] for step in sorted(told)]
