@@ -73,16 +73,18 @@ class SynthOptions:
     """Independent expressions, or one smooth sequence."""
     quality: Literal["fast", "path"] = "fast"
     """Baked light without noise, or path tracing through Mitsuba (seconds a picture)."""
+    tracking: tuple[Literal["metrical", "vhap", "ava256"], ...] = ()
+    """Write every capture in these layouts of trackers and data sets as well, into OUT-metrical and so on."""
     workers: int | None = None
-    """Processes; one a core by default."""
+    """People at a time, on Ray; one a core by default, of the whole cluster where RAY_ADDRESS names one."""
 
 
 def synth(words: list[str]) -> None:
     """`headsplat synth OUT`."""
-    from shards.synth import synthesize
+    from cluster.synth import synthesize_population
 
     options = parse(SynthOptions, words, "synth")
-    made = synthesize(
+    made = synthesize_population(
         options.out,
         subjects=options.subjects,
         timesteps=options.timesteps,
@@ -92,6 +94,7 @@ def synth(words: list[str]) -> None:
         rig_name=options.rig,
         motion=options.motion,
         quality=options.quality,
+        tracking=options.tracking,
         workers=options.workers,
     )
     print(f"{len(made)} captures in {options.out}. Next: headsplat shards pack {options.out} SHARDS")
@@ -204,8 +207,8 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
         size: side of the packed pictures in pixels.
         demo: how much to make.
     """
+    from cluster.synth import synthesize_population
     from eval.hashing import short_hash
-    from shards.synth import synthesize
 
     # Other amounts than the default have a folder of their own, so that what is there is always what was asked for.
     name = f"demo-{size}" + ("" if demo == DEMO else f"-{short_hash(asdict(demo), 6)}")
@@ -217,7 +220,7 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
         flush=True,
     )
     captures = workspace.captures / name
-    synthesize(
+    synthesize_population(
         captures,
         subjects=demo.subjects,
         timesteps=demo.timesteps,

@@ -24,7 +24,7 @@ SETTINGS = {"subjects": 2, "timesteps": 2, "views": 6, "size": 64, "seed": 3}
 
 @pytest.fixture(scope="module")
 def captures(tmp_path_factory) -> list[Path]:
-    return synthesize(tmp_path_factory.mktemp("captures"), **SETTINGS, workers=2, progress=False)
+    return synthesize(tmp_path_factory.mktemp("captures"), **SETTINGS, progress=False)
 
 
 def index_of(folder: Path) -> dict:
@@ -153,7 +153,7 @@ def test_captures_are_resumed_and_depend_on_the_seed_only(captures, tmp_path):
     (out / "s0001" / "capture.json").unlink()
     (out / "s0001" / "image" / "00001" / "c03.png").write_bytes(b"cut")
     calls = []
-    synthesize(out, **SETTINGS, workers=1, progress=lambda done, total: calls.append((done, total)))
+    synthesize(out, **SETTINGS, progress=lambda done, total: calls.append((done, total)))
     assert bytes_of(out / "s0001") == before
     assert (out / "s0000" / "capture.json").stat().st_mtime_ns == kept
     assert calls == [(18, 24), (24, 24)]
@@ -185,7 +185,7 @@ def test_bad_settings_are_refused(tmp_path, change, message):
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write captures"):
-        synthesize(tmp_path / "file", **SETTINGS, workers=1, progress=False)
+        synthesize(tmp_path / "file", **SETTINGS, progress=False)
 
 
 def test_dome_cameras_look_at_the_head():
@@ -339,7 +339,6 @@ def test_path_traced_pictures_show_the_same_person(tmp_path):
         "views": 2,
         "size": 32,
         "seed": 3,
-        "workers": 1,
         "progress": False,
     }
     fast = synthesize(tmp_path / "fast", **settings)[0]

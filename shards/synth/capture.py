@@ -1,18 +1,15 @@
-"""Writing synthetic captures: the layout that the shard packer reads, many people at once."""
+"""Writing synthetic captures: the layout that the shard packer reads, one job a person."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +22,10 @@ from shards.synth.render import Picture, render
 from shards.synth.subject import Subject, draw_subject, pose
 from shards.synth.traced import TracedPerson
 
-__all__ = ["DEPTH_UNIT", "SCHEMA", "synthesize", "write_capture"]
+__all__ = ["DEPTH_UNIT", "SCHEMA", "Runner", "make_capture", "synthesize", "write_capture"]
+
+Runner = Callable[[list[dict[str, Any]], Callable[[int], None]], None]
+"""Runs `make_capture` on every job and tells the second argument how many pictures there are more."""
 
 SCHEMA = 1
 GENERATOR = (
@@ -46,16 +46,17 @@ def synthesize(
     views: int = 80,
     size: int = 128,
     seed: int = 0,
-    workers: int | None = None,
     rig_name: str = "dome",
     motion: str = "random",
     quality: str = "fast",
+    tracking: Sequence[str] = (),
     progress: bool | Callable[[int, int], None] = True,
+    run: Runner | None = None,
 ) -> list[Path]:
     """Write synthetic captures, one folder a subject, and return the folders.
 
     A capture that is complete (it has its `capture.json`, written last) and was asked for with the same settings is
-    kept; an incomplete one is made again. Pictures depend only on the seed, not on the number of workers.
+    kept; an incomplete one is made again. Pictures depend only on the seed, not on who draws them.
 
     Args:
         out: folder that receives `s<number>` folders.
@@ -64,19 +65,22 @@ def synthesize(
         views: cameras (80 on the dome, up to 16 on the `nersemble` rig).
         size: height and width of the pictures in pixels.
         seed: population seed; person k of seed s is always the same.
-        workers: processes; by default one a core, never more than subjects.
         rig_name: 'dome' or 'nersemble'.
         motion: 'random' expressions, or one 'smooth' sequence.
         quality: 'fast' (baked light, no noise), or 'path': Mitsuba traces 64 paths a pixel (some seconds a picture).
+        tracking: layouts of `shards.synth.tracking` to write each capture in as well, into `<out>-<layout>`.
         progress: True draws a bar on a terminal; a function is called with (pictures done, pictures in all).
+        run: what runs the jobs, one a person; None does one after another in this process (`cluster.synth` has another).
 
     Raises:
         UserError: a setting is out of range, the folder cannot be written, or it holds captures of other settings.
     """
+    from shards.synth.tracking import LAYOUTS
+
     numbers = list(range(subjects)) if isinstance(subjects, int) else [int(number) for number in subjects]
     for name, value, low, high in (
         ("subjects", len(numbers), 1, 10**6), ("timesteps", timesteps, 1, 10**5), ("views", views, 1, 1000),
-        ("size", size, 16, 2048), ("workers", 1 if workers is None else workers, 1, 1024), ("seed", seed, 0, 2**63),
+        ("size", size, 16, 2048), ("seed", seed, 0, 2**63),
     ):  # fmt: skip
         if not low <= value <= high:
             raise UserError(f"{name} is {value}; it must lie between {low} and {high}")
@@ -86,76 +90,71 @@ def synthesize(
         raise UserError(f"unknown motion {motion!r}; there are {', '.join(MOTIONS)}")
     if quality not in QUALITIES:
         raise UserError(f"unknown quality {quality!r}; there are {', '.join(QUALITIES)}")
-    cameras = rig(rig_name, views, size)
+    for layout in tracking:
+        if layout not in LAYOUTS:
+            raise UserError(f"unknown tracking layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    rig(rig_name, views, size)
     out = Path(out)
     settings = {
         "timesteps": timesteps, "views": views, "size": size, "seed": seed, "rig": rig_name, "motion": motion,
         "quality": quality, "generator": GENERATOR,
     }  # fmt: skip
     folders = [out / f"s{number:04d}" for number in numbers]
-    wanted = [
-        (number, folder)
-        for number, folder in zip(numbers, folders, strict=True)
-        if not _kept(folder, settings)
-    ]
-    total = len(numbers) * timesteps * views
-    ready = (len(numbers) - len(wanted)) * timesteps * views
+    kept = [_kept(folder, settings) for folder in folders]
+    each = timesteps * views
+    jobs = [
+        {"number": number, "folder": str(folder.absolute()), "settings": settings, "tracking": list(tracking),
+         "pictures": 0 if there else each}
+        for number, folder, there in zip(numbers, folders, kept, strict=True)
+        if tracking or not there
+    ]  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _Bar(progress, total, ready) as advance:
-            if wanted:
-                _head()  # parsed and cached on disk once here, not in every worker
-                _make(wanted, settings, cameras, workers, advance)
     except OSError as error:
-        raise UserError(
-            f"cannot write captures into {out}: {error.strerror}; what is complete stays"
-        ) from error
+        raise UserError(f"cannot write captures into {out}: {error.strerror}") from error
+    with _Bar(progress, len(numbers) * each, sum(kept) * each) as advance:
+        if jobs:
+            _head()  # parsed and cached on disk once, here
+            (run or _one_by_one)(jobs, advance)
     return folders
 
 
-def _make(
-    wanted: list[tuple[int, Path]],
-    settings: dict,
-    cameras: Rig,
-    workers: int | None,
-    advance: Callable[[int], None],
-) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers or cores, len(wanted))
-    if count == 1:
-        for number, folder in wanted:
-            write_capture(number, folder, settings, cameras, advance)
-        return
-    _compile()  # the compiled kernels are cached on disk: the workers load them
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        ticks = manager.Queue()
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_single_thread) as pool:
-            with _single_threaded_children():
-                jobs = [
-                    pool.submit(write_capture, number, folder, settings, cameras, ticks.put)
-                    for number, folder in wanted
-                ]
-            pending = set(jobs)
-            try:
-                while pending or not ticks.empty():
-                    while not ticks.empty():
-                        advance(ticks.get())
-                    for job in [job for job in pending if job.done()]:
-                        job.result()
-                        pending.discard(job)
-                    wait(pending, timeout=0.2)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+def make_capture(job: dict[str, Any], advance: Callable[[int], None]) -> None:
+    """One job of `synthesize`: render the person where that is not done, and write the tracking files.
+
+    Args:
+        job: as `synthesize` makes them; plain values.
+        advance: called with the number of new pictures.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(job["folder"])
+    try:
+        if not _kept(folder, job["settings"]):
+            write_capture(job["number"], folder, job["settings"], advance)
+    except OSError as error:
+        raise UserError(
+            f"cannot write captures into {folder.parent}: {error.strerror or error}; what is complete stays, free "
+            "space and run the same command again"
+        ) from error
+    if job["tracking"]:
+        from shards.synth.tracking import export_tracking
+
+        for layout in job["tracking"]:
+            export_tracking(folder, layout, folder.parent.with_name(f"{folder.parent.name}-{layout}"))
 
 
-def write_capture(
-    number: int, folder: Path, settings: dict, cameras: Rig, advance: Callable[[int], None]
-) -> None:
+def _one_by_one(jobs: list[dict[str, Any]], advance: Callable[[int], None]) -> None:
+    for job in jobs:
+        make_capture(job, advance)
+
+
+def write_capture(number: int, folder: Path, settings: dict, advance: Callable[[int], None]) -> None:
     """Render one person into a folder; `advance` is called with the number of pictures after each timestep."""
     from PIL import Image
 
-    head = _head()
+    head, cameras = _head(), rig(settings["rig"], settings["views"], settings["size"])
     person = subject_seed(settings["seed"], number)
     subject = draw_subject(head, person)
     rng = np.random.default_rng([person, 42])
@@ -269,41 +268,6 @@ def _head_pose(rng: np.random.Generator) -> NDArray[np.float64]:
 def _head() -> ParametricHead:
     """The built-in head, one a process."""
     return ParametricHead.load()
-
-
-def _compile() -> None:
-    """Run the compiled kernels once on next to nothing."""
-    head = _head()
-    subject = draw_subject(head, 0)
-    cameras = rig("dome", 1, 16)
-    render(
-        pose(head, subject, np.zeros(52, np.float32), np.eye(4)), cameras.K[0], cameras.world_to_camera[0], 16
-    )
-
-
-@contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    """Processes started here get one BLAS thread each: they fill the cores, and idle BLAS threads spin.
-
-    BLAS reads its number of threads when it is loaded, before any code of ours runs in a child, hence the environment.
-    """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _single_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 class _Bar:
