@@ -33,6 +33,15 @@ FULL_KEYS = "7b5dd9e87fde67caf24ccc0b9ed1423565219216d0af01985044cc0e5250fb41"
 """sha256 of the 1,009 keys and shapes of the published 512_dpt checkpoint, a line each, sorted."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: handing parts of them to another thread takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN) as file:

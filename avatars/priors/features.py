@@ -176,7 +176,9 @@ def sapiens_weights(content: Mapping[str, Any], file: Path) -> dict[str, Tensor]
     found = {}
     for key, value in content.items():
         if not isinstance(value, Tensor):
-            raise UserError(f"{file}: {key!r} is {type(value).__name__} where a tensor is expected.")
+            raise UserError(
+                f"{file} is of another architecture than Sapiens v1: {key!r} is {type(value).__name__} and no tensor."
+            )
         for pattern, name in RENAMED:
             key = pattern.sub(name, key)
         found[key] = value.float()
