@@ -23,7 +23,7 @@ from avatars.errors import UserError
 from avatars.inputs import InputSet
 from shards.manifest import Manifest, PriorError, PriorSettings, ShardInfo, write_json
 from shards.reading import open_reader, read_description, read_input_set
-from shards.tarfiles import INDEX_KEY, ShardReader, ShardWriter
+from shards.tarfiles import INDEX_KEY, Data, ShardReader, ShardWriter
 
 __all__ = [
     "PriorErrors",
@@ -259,17 +259,17 @@ def _write_shard(
 
 
 def _with_maps(
-    members: dict[str, bytes],
+    members: dict[str, Data],
     described: dict[str, Any],
     maps: PriorMaps,
     manifest: Manifest,
     settings: PriorSettings,
     errors: PriorErrors,
-) -> tuple[dict[str, bytes], tuple[int, int]]:
+) -> tuple[dict[str, Data], tuple[int, int]]:
     """One input set's members with other priors, in the order in which `pack` writes them, and the size of
     a feature map.
     """
-    made = {"json": json.dumps(described, separators=(",", ":")).encode()}
+    made: dict[str, Data] = {"json": json.dumps(described, separators=(",", ":")).encode()}
     grid = manifest.priors.feature_grid if settings.features != "none" else (0, 0)
     for i in range(len(described["pictures"])):
         kept = {e: data for e, data in members.items() if e.startswith(f"{i:02d}.")}

@@ -23,7 +23,7 @@ from avatars.inputs import InputSet
 from shards.manifest import Manifest, ShardInfo
 from shards.pictures import decode_jpeg, decode_mask
 from shards.stores import RemoteFolder, ShardCache, StreamReader
-from shards.tarfiles import ShardReader
+from shards.tarfiles import Data, ShardReader
 
 __all__ = ["ShardSet", "SubjectShards", "Target", "open_shards"]
 
@@ -214,7 +214,7 @@ def read_input_set(reader: Reader, key: str, manifest: Manifest) -> InputSet:
 def read_description(reader: Reader, key: str) -> dict[str, Any]:
     """The JSON of one sample."""
     try:
-        described: dict[str, Any] = json.loads(reader.read(key, ["json"])["json"])
+        described: dict[str, Any] = json.loads(bytes(reader.read(key, ["json"])["json"]))
         return described
     except ValueError as error:
         raise UserError(
@@ -295,10 +295,12 @@ def fill_features(
             features[i], scales[i] = stored, scale
 
 
-def _array(data: bytes, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
+def _array(data: Data, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     """The array in a member; a view of its bytes where the header is the one that numpy writes."""
     header = _npy_header(kind, shape)
-    if data.startswith(header) and len(data) == len(header) + np.dtype(kind).itemsize * math.prod(shape):
+    if bytes(data[: len(header)]) == header and len(data) == len(header) + np.dtype(
+        kind
+    ).itemsize * math.prod(shape):
         return np.frombuffer(data, kind, offset=len(header)).reshape(shape)
     return _other_npy(data, kind, shape, where)
 
@@ -313,7 +315,7 @@ def _npy_header(kind: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()[: -np.dtype(kind).itemsize * math.prod(shape)]
 
 
-def _other_npy(data: bytes, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
+def _other_npy(data: Data, kind: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     """An array file whose header numpy has to parse."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from avatars.errors import UserError
+from shards.tarfiles import Data
 
 __all__ = ["RemoteFolder", "ShardCache", "StreamReader", "is_remote"]
 
@@ -199,7 +200,7 @@ class StreamReader:
             self._samples = None
         return found
 
-    def read(self, key: str, wanted: list[str]) -> dict[str, bytes]:
+    def read(self, key: str, wanted: list[str]) -> dict[str, Data]:
         """The bytes of the `wanted` extensions of one sample."""
         with self._lock:
             sample = self._kept.get(key) or self._forward(key) or self._again(key)

@@ -14,13 +14,15 @@ import json
 import os
 import tarfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from avatars.errors import UserError
 
-__all__ = ["INDEX_KEY", "ShardReader", "ShardWriter"]
+__all__ = ["INDEX_KEY", "Data", "ShardReader", "ShardWriter"]
 
+Data = bytes | memoryview
 BLOCK = tarfile.BLOCKSIZE
 INDEX_KEY = "index"
 
@@ -80,14 +82,14 @@ class ShardWriter:
         """The hash of what was written so far."""
         return self._hash.hexdigest()
 
-    def write(self, key: str, members: dict[str, bytes]) -> None:
+    def write(self, key: str, members: Mapping[str, Data]) -> None:
         """Appends one sample: members named `key.extension`, in the order given."""
         layout = self._layouts.setdefault(tuple(members), len(self._layouts))
         self._samples.append((key, self._position, layout, [len(data) for data in members.values()]))
         for extension, data in members.items():
             self._member(f"{key}.{extension}", data)
 
-    def _member(self, name: str, data: bytes) -> None:
+    def _member(self, name: str, data: Data) -> None:
         for part in (_header(name, len(data)), data, bytes(_padded(len(data)) - len(data))):
             self._file.write(part)
             self._hash.update(part)
@@ -132,8 +134,9 @@ class ShardReader:
         self.close = weakref.finalize(self, os.close, self._file)  # by hand or when nobody needs it any more
         self._bytes = os.fstat(self._file).st_size
         try:
-            data = self._read(index[0] - BLOCK, f"{INDEX_KEY}.json", index[1])
-            content = json.loads(data)
+            name, (offset, size) = f"{INDEX_KEY}.json", index
+            data = self._span(offset - BLOCK, BLOCK + size, name)
+            content = json.loads(bytes(self._member(data, 0, name, size)))
             layouts = [tuple(layout) for layout in content["layouts"]]
             self._samples = {
                 key: (offset, layouts[layout], sizes) for key, offset, layout, sizes in content["samples"]
@@ -156,18 +159,29 @@ class ShardReader:
         """What a sample has, in the order it is in the file."""
         return self._sample(key)[1]
 
-    def read(self, key: str, wanted: list[str]) -> dict[str, bytes]:
-        """The bytes of the `wanted` extensions of one sample."""
+    def read(self, key: str, wanted: list[str]) -> dict[str, Data]:
+        """The bytes of the `wanted` extensions of one sample. Neighbours in the file are read in one go and
+        not copied apart.
+        """
         offset, extensions, sizes = self._sample(key)
-        found = {}
-        remaining = set(wanted)
+        runs: list[list[tuple[int, str, int]]] = []  # of neighbours: where, what, how many bytes
+        remaining, end = set(wanted), -1
         for extension, size in zip(extensions, sizes, strict=True):
             if extension in remaining:
-                found[extension] = self._read(offset, f"{key}.{extension}", size)
                 remaining.discard(extension)
+                if offset != end:
+                    runs.append([])
+                runs[-1].append((offset, extension, size))
+                end = offset + BLOCK + _padded(size)
             offset += BLOCK + _padded(size)
         if remaining:
             raise UserError(f"{self.path}: {key} has no {min(remaining)}. Pack the shards again.")
+        found: dict[str, Data] = {}
+        for run in runs:
+            start, (last, _, size) = run[0][0], run[-1]
+            data = self._span(start, last + BLOCK + size - start, f"{key}.{run[-1][1]}")
+            for at, extension, size in run:
+                found[extension] = self._member(data, at - start, f"{key}.{extension}", size)
         return found
 
     def _sample(self, key: str) -> tuple[int, tuple[str, ...], list[int]]:
@@ -175,20 +189,25 @@ class ShardReader:
             raise UserError(f"{self.path} has no sample {key}. Pack or copy the shards again.")
         return self._samples[key]
 
-    def _read(self, offset: int, name: str, size: int) -> bytes:
-        """The bytes of the member whose header is at `offset`."""
-        if offset < 0 or size < 0:
+    def _span(self, offset: int, size: int, name: str) -> memoryview:
+        """A stretch of the file that ends with the member `name`."""
+        if offset < 0 or size < BLOCK:
             raise UserError(
                 f"{self.path} is damaged: the index places {name} at {offset}. Copy the shard again."
             )
-        inside = offset + BLOCK + size <= self._bytes  # asked first: a wrong size must not allocate
-        data = os.pread(self._file, BLOCK + size, offset) if inside else b""
-        if len(data) < BLOCK + size:
+        inside = offset + size <= self._bytes  # asked first: a wrong size must not allocate
+        data = os.pread(self._file, size, offset) if inside else b""
+        if len(data) < size:
             raise UserError(
                 f"{self.path} is cut short: {name} ends after the file does. Copy the shard again."
             )
-        if data[:100].rstrip(b"\0") != name.encode() or data[124:135] != b"%011o" % size:
+        return memoryview(data)
+
+    def _member(self, data: memoryview, at: int, name: str, size: int) -> memoryview:
+        """The bytes of the member whose header is `at` this place of a stretch."""
+        header = bytes(data[at : at + BLOCK])
+        if header[:100].rstrip(b"\0") != name.encode() or header[124:135] != b"%011o" % size:
             raise UserError(
                 f"{self.path} is damaged: there is no {name} where its index says. Copy the shard again."
             )
-        return data[BLOCK:]
+        return data[at + BLOCK : at + BLOCK + size]

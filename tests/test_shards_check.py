@@ -188,7 +188,7 @@ def test_wrong_descriptions_are_found(shards, of, change, sentence):
 
 def _read(folder, key):
     shard = next(s for s in Manifest.load(folder).shards if s.path == "s00-0000.tar")
-    return ShardReader(folder / shard.path, shard.index).read(key, ["json"])
+    return bytes(ShardReader(folder / shard.path, shard.index).read(key, ["json"])["json"])
 
 
 def _array(array) -> bytes:
