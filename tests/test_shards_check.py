@@ -41,7 +41,10 @@ def rewrite(folder, path, change):
     manifest = Manifest.load(folder)
     shard = next(s for s in manifest.shards if s.path == path)
     reader = ShardReader(folder / path, shard.index)
-    samples = {key: reader.read(key, list(reader.extensions(key))) for key in reader.keys}
+    samples = {}
+    for key in reader.keys:
+        members = reader.read(key, list(reader.extensions(key)))
+        samples[key] = {extension: bytes(data) for extension, data in members.items()}
     with ShardWriter(folder / path) as writer:
         for key, members in samples.items():
             change(key, members)
@@ -179,7 +182,7 @@ def test_a_renamed_subject_is_found_by_its_pictures(shards):
     ],
 )
 def test_wrong_descriptions_are_found(shards, of, change, sentence):
-    timesteps = [json.loads(_read(shards, f"target-{i:05d}")["json"])["timestep"] for i in range(5)]
+    timesteps = [json.loads(_read(shards, f"target-{i:05d}"))["timestep"] for i in range(5)]
     if timesteps[1] == "00000" and "00000 is there 2" in sentence:
         of = "target-00002"
     rewrite_json(shards, "s00-0000.tar", of, change)
