@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eval.metrics import PSNR_CAP, Definition, Pictures, masked_mean, psnr, ssim_map
+from eval.metrics import PSNR_CAP, Definition, Pictures
 from eval.networks import Judge, NotAvailable, load_judge
+from eval.similarity import similarity
 
 __all__ = ["Meter", "Score"]
 
@@ -80,17 +81,15 @@ class Meter:
                     found[metric.key] = self._judges[metric.key].measure(prediction, target)
                 except NotAvailable as reason:
                     self.missing[metric.key] = f"not available: {reason}"
+        if self.device != "cpu":
+            prediction, target = prediction.to(self.device), target.to(self.device)
+        formulas = similarity(prediction, target, mask.to(self.device))
         measured = []
-        # One picture at a time: no number depends on the batch, and the planes stay in the processor's cache.
         for index in range(prediction.tensor.shape[0]):
-            one = slice(index, index + 1)
-            formulas = _formulas(
-                prediction.tensor[one].to(self.device),
-                target.tensor[one].to(self.device),
-                mask[one].to(self.device),
-            )
-            judged = {key: values[index] for key, values in found.items()}
-            everything = {**formulas, **judged}
+            everything = {
+                key: _number(getattr(formulas, key)[index], PSNR_CAP if key.startswith("psnr") else math.inf)
+                for key in FORMULAS
+            } | {key: values[index] for key, values in found.items()}
             measured.append({m.key: everything[m.key] for m in self.metrics if m.key in everything})
         return measured
 
@@ -109,17 +108,6 @@ class Meter:
                 what = "a face was found in" if metric.network else "the mask covers anything in"
                 score.missing[metric.key] = f"not available: {what} none of the {len(measured)} pictures"
         return score
-
-
-def _formulas(prediction: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
-    """PSNR and SSIM of one picture (1, 3, H, W), whole and inside its mask, from one SSIM map."""
-    similarity = ssim_map(prediction, target)
-    return {
-        "psnr": _number(psnr(prediction, target), PSNR_CAP),
-        "ssim": _number(masked_mean(similarity)),
-        "psnr_masked": _number(psnr(prediction, target, mask), PSNR_CAP),
-        "ssim_masked": _number(masked_mean(similarity, mask)),
-    }
 
 
 def _number(result: Tensor, cap: float = math.inf) -> float | None:

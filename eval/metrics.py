@@ -222,6 +222,10 @@ class Pictures:
                 "Scale 8-bit values by 1/255, [-1, 1] by (x + 1)/2, and clamp what a renderer leaves outside."
             )
 
+    def to(self, device: str | torch.device) -> Pictures:
+        """The same pictures on another device."""
+        return Pictures(self.tensor.to(device), self.name)
+
     @staticmethod
     def rendered(tensor: Tensor, name: str = "prediction") -> Pictures:
         """A renderer's pictures as a viewer would save them: clamped to [0, 1] and rounded to 8 bits.

@@ -1,5 +1,6 @@
-"""PSNR and SSIM against independent float64 implementations, on photographs and on edge cases."""
+"""PSNR and SSIM against independent implementations, on photographs and on edge cases."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from avatars.errors import UserError
+from eval import similarity as similarity_module
 from eval.metrics import Pictures, psnr, ssim, ssim_map
+from eval.similarity import Similarity, similarity, similarity_torch
 
 
 def photograph(size: tuple[int, int]) -> torch.Tensor:
@@ -160,3 +163,126 @@ def test_a_rendering_is_measured_as_a_viewer_would_save_it():
     torch.testing.assert_close(saved, torch.tensor([0, 0, 127 / 255, 128 / 255, 1, 1]))
     with pytest.raises(UserError, match="not finite"):
         Pictures.rendered(torch.full((1, 3, 2, 2), float("inf")))
+
+
+def assert_same(one: Similarity, other: Similarity) -> None:
+    for field in fields(Similarity):
+        torch.testing.assert_close(
+            getattr(one, field.name), getattr(other, field.name), atol=1e-5, rtol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 19), (130, 41), (300, 257)])
+def test_the_compiled_sums_are_those_of_torch(size):
+    assert similarity_module._kernel() is not None
+    target = torch.cat([photograph(size), photograph(size).flip(-1)])
+    prediction = torch.cat([noisy(target[:1], 0.02), noisy(target[1:], 0.4)])
+    mask = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    found = similarity(Pictures(prediction), Pictures(target), mask)
+    assert_same(found, similarity_torch(prediction, target, mask))
+    whole = similarity(Pictures(prediction), Pictures(target))
+    assert_same(whole, Similarity(found.psnr, found.ssim, found.psnr, found.ssim))
+    assert not torch.equal(found.ssim, found.ssim_masked)
+
+
+def test_measured_ssim_and_psnr_are_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    target = torch.cat([photograph((96, 80)), photograph((96, 80)).flip(-1)])
+    prediction = torch.cat([noisy(target[:1], 0.03), noisy(target[1:], 0.2)])
+    found = similarity(Pictures(prediction), Pictures(target))
+    theirs = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
+    torch.testing.assert_close(found.ssim.float(), theirs, atol=1e-5, rtol=0)
+    each = [peak_signal_noise_ratio(p, t, data_range=1.0) for p, t in zip(prediction, target, strict=True)]
+    torch.testing.assert_close(found.psnr.float(), torch.stack(each), atol=1e-5, rtol=0)
+    pooled = peak_signal_noise_ratio(prediction, target, data_range=1.0)  # without dim: one MSE of the batch
+    assert abs(pooled - found.psnr.mean()) > 1
+
+
+def test_measured_psnr_and_the_map_without_its_border_are_scikit_image():
+    import skimage.data
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    pixels = skimage.data.astronaut()
+    target = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    prediction = noisy(target, 0.1)
+    x, y = (picture[0].permute(1, 2, 0).double().numpy() for picture in (prediction, target))
+    theirs = structural_similarity(
+        x, y, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    inner = torch.zeros(1, 1, 512, 512)
+    inner[..., 5:-5, 5:-5] = 1
+    found = similarity(Pictures(prediction), Pictures(target), inner)
+    assert found.ssim_masked.item() == pytest.approx(theirs, abs=1e-5)
+    assert found.psnr.item() == pytest.approx(peak_signal_noise_ratio(y, x, data_range=1), abs=1e-5)
+
+
+def test_no_number_depends_on_the_batch_or_the_threads():
+    target = torch.cat([photograph((200, 72)), photograph((200, 72)).flip(-1), photograph((200, 72)) * 0.5])
+    prediction = noisy(target, 0.1)
+    mask = (target.mean(1, keepdim=True) > 0.3).float()
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(similarity(Pictures(prediction), Pictures(target), mask))
+    finally:
+        torch.set_num_threads(threads)
+    alone = [
+        similarity(*(Pictures(p[i : i + 1]) for p in (prediction, target)), mask[i : i + 1]) for i in range(3)
+    ]
+    for field in fields(Similarity):
+        one, *others = (getattr(result, field.name) for result in found)
+        for other in [*others, torch.cat([getattr(result, field.name) for result in alone])]:
+            assert torch.equal(one, other)
+
+
+def test_edge_cases_are_measured_as_defined():
+    picture = photograph((48, 48))
+    dot = picture.clone()
+    dot[0, :, 24, 24] = 1 - dot[0, :, 24, 24].round()
+    error = (dot - picture)[0, :, 24, 24].double().square().sum().item() / (3 * 48 * 48)
+    here = torch.zeros(1, 1, 48, 48)
+    here[..., 24, 24] = 1
+    one = similarity(Pictures(dot), Pictures(picture), here)
+    assert one.psnr.item() == pytest.approx(-10 * np.log10(error), abs=1e-5)
+    assert one.psnr_masked.item() == pytest.approx(-10 * np.log10(error * 48 * 48), abs=1e-5)
+    assert one.ssim_masked < one.ssim < 1
+    same = similarity(Pictures(picture), Pictures(picture), torch.zeros(1, 1, 48, 48))
+    assert same.psnr.isinf().all()
+    assert same.ssim.item() == pytest.approx(1, abs=1e-7)
+    assert same.psnr_masked.isnan().all()
+    assert same.ssim_masked.isnan().all()
+    flat = similarity(Pictures(torch.full((1, 3, 32, 32), 0.2)), Pictures(torch.full((1, 3, 32, 32), 0.9)))
+    luminance = (2 * 0.2 * 0.9 + 1e-4) / (0.2**2 + 0.9**2 + 1e-4)
+    assert flat.ssim.item() == pytest.approx(luminance, abs=1e-5)
+    assert flat.psnr.item() == pytest.approx(-20 * np.log10(0.7), abs=1e-5)
+
+
+def test_measured_pictures_must_have_one_size():
+    pictures = {size: Pictures(torch.zeros(1, 3, *size)) for size in ((8, 8), (8, 9), (5, 64))}
+    with pytest.raises(UserError, match=r"\(1, 3, 8, 8\).*\(1, 3, 8, 9\)"):
+        similarity(pictures[8, 8], pictures[8, 9])
+    with pytest.raises(UserError, match="at least 6 × 6"):
+        similarity(pictures[5, 64], pictures[5, 64])
+    with pytest.raises(UserError, match="mask is"):
+        similarity(pictures[8, 8], pictures[8, 8], torch.zeros(1, 1, 8, 9))
+
+
+def test_without_a_compiler_torch_measures_the_same_and_says_so(monkeypatch):
+    def no_compiler(**options):
+        raise similarity_module.BuildError("no C++ compiler was found")
+
+    target = photograph((40, 40))
+    prediction = noisy(target, 0.1)
+    expected = similarity(Pictures(prediction), Pictures(target))
+    kernel = similarity_module._kernel
+    kernel.cache_clear()
+    monkeypatch.setattr(similarity_module, "build", no_compiler)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"plain torch.*no C\+\+ compiler"):
+            found = similarity(Pictures(prediction), Pictures(target))
+    finally:
+        kernel.cache_clear()
+    assert_same(found, expected)

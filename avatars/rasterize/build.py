@@ -40,7 +40,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsplat" / "kernels"
 
 
-def build(folder: Path | None = None) -> Path:
+def build(folder: Path | None = None, sources: list[Path] | None = None, name: str = "rasterize") -> Path:
     """Compiles the kernels unless a build for these sources, flags and this processor is there.
 
     Any number of processes may call this at once: the operating system's file lock lets one compile while the
@@ -49,6 +49,8 @@ def build(folder: Path | None = None) -> Path:
 
     Args:
         folder: where to keep builds, `cache_folder()` when None.
+        sources: the file to compile, then what it includes; the rasterizer's when None.
+        name: what the library's name starts with.
 
     Returns:
         Path of the shared library.
@@ -56,8 +58,8 @@ def build(folder: Path | None = None) -> Path:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    folder = folder or cache_folder()
-    library = folder / f"rasterize-{_fingerprint()}.so"
+    folder, sources = folder or cache_folder(), sources or SOURCES
+    library = folder / f"{name}-{_fingerprint(sources)}.so"
     if library.is_file():
         return library
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
@@ -70,7 +72,7 @@ def build(folder: Path | None = None) -> Path:
             if not library.is_file():  # another process may have built it meanwhile
                 for leftover in folder.glob("build-*"):  # of a build that was killed
                     shutil.rmtree(leftover, ignore_errors=True)
-                _compile(compiler, library)
+                _compile(compiler, library, sources[0])
     except OSError as error:
         raise BuildError(
             f"the build folder {folder} cannot be used ({error}): set HEADSPLAT_CACHE to a writable folder"
@@ -105,10 +107,10 @@ def load_library() -> ctypes.CDLL:
     return kernels
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, library: Path, source: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
         target = Path(scratch) / library.name
-        command = [*compiler.split(), *FLAGS, "-o", str(target), str(SOURCES[0])]
+        command = [*compiler.split(), *FLAGS, "-o", str(target), str(source)]
         try:
             for openmp in (["-fopenmp"], []):  # some compilers come without it
                 result = subprocess.run(
@@ -124,14 +126,14 @@ def _compile(compiler: str, library: Path) -> None:
             lines = [line for line in result.stderr.splitlines() if "error" in line] or [
                 f"exit {result.returncode}"
             ]
-            raise BuildError(f"{compiler} could not compile {SOURCES[0].name}: {lines[0].strip()}")
+            raise BuildError(f"{compiler} could not compile {source.name}: {lines[0].strip()}")
         target.replace(library)
 
 
-def _fingerprint() -> str:
+def _fingerprint(sources: list[Path] | None = None) -> str:
     """Changes with the sources, the flags and the processor's instruction sets."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in SOURCES:
+    for source in sources or SOURCES:
         digest.update(source.read_bytes())
     digest.update("".join([platform.system(), platform.machine(), _instruction_sets()]).encode())
     return digest.hexdigest()[:20]
