@@ -36,7 +36,7 @@ import psutil
 __all__ = ["MARK", "SILENCE", "interface_of", "main", "network_environment", "probe", "stale_locks"]
 
 MARK = "\x1eheadsplat "
-SILENCE = 20.0  # seconds without a word from the other side after which it counts as lost
+SILENCE = 30.0  # seconds without a word from the other side after which it counts as lost
 GRACE = 8.0  # seconds that ranks have to end by themselves, so that they can say why, before they are killed
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("avatars", "shards", "eval", "train", "cluster", "launch")

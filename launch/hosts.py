@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from avatars.errors import UserError
-from launch.agent import MARK, SILENCE, interface_of
+from launch.agent import MARK, ROOT, SILENCE, interface_of
 
 __all__ = ["Fleet", "deepspeed_environment", "node_command", "passed_on"]
 
@@ -273,7 +273,7 @@ def agent_command(name: str, reach: str) -> list[str]:
     if is_here(name):
         return here
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
-    return [*words, *options, name, "exec " + shlex.join(here)]
+    return [*words, *options, name, f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(here)}"]
 
 
 def is_here(name: str) -> bool:

@@ -245,7 +245,7 @@ def inspect_hosts(fleet: Fleet, data: Path, run: Path, tracking: str, port: int 
 
 def unreached(host: str, said: str) -> str:
     """Why a command could not be run on a host, and what to do."""
-    if "No module named" in said or "not found" in said or "No such file" in said:
+    if "No module named" in said or "not found" in said or "No such file" in said or "cd:" in said:
         return (
             f"headsplat cannot be started there ({said}). Install it in the same folder as here: make setup."
         )

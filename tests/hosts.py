@@ -17,7 +17,7 @@ import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-TOOLS = ("ip", "sshd", "ssh", "ssh-keygen")
+TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "nsenter")
 
 
 def missing() -> str:
@@ -139,6 +139,10 @@ class Hosts(AbstractContextManager["Hosts"]):
                 if any(server.poll() is not None for server in self.servers):
                     raise
                 time.sleep(0.05)
+
+    def inside(self, index: int) -> list[str]:
+        """What a command must be put behind to run on a host without ssh."""
+        return ["nsenter", "-t", str(self.servers[index].pid), "-m", "-n", "--wd=" + str(Path.cwd())]
 
     def processes(self, index: int) -> list[int]:
         """Ids of everything that runs on a host, its sshd included."""
