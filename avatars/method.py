@@ -69,6 +69,11 @@ class Method(Protocol):
         """Side in pixels of the square pictures."""
         ...
 
+    @property
+    def needs_positions(self) -> bool:
+        """Whether its pictures must come with position maps."""
+        ...
+
     def create(self, inputs: InputSet) -> Avatar:
         """Makes the avatar of the person in `inputs`."""
         ...

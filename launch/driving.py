@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,6 +37,8 @@ class CreateOptions:
     """With --data: whose input set; the first held-out person's by default."""
     input_set: int = 0
     """With --data: which of the person's input sets."""
+    weights: Path | None = None
+    """DUSt3R's file, for pictures without position maps; looked for in HEADSPLAT_WEIGHTS by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; bf16 drives about twice as fast where the hardware has it."""
 
@@ -54,6 +56,8 @@ def create(words: list[str]) -> None:
     method = load_method(options.model, dtype)
     inputs = chosen_inputs(options, method)
     started = time.perf_counter()
+    if method.needs_positions and inputs.positions is None:
+        inputs = with_positions(inputs, options.weights)
     avatar = method.create(inputs)
     seconds = time.perf_counter() - started
     avatar.save(options.avatar)
@@ -83,6 +87,32 @@ def chosen_inputs(options: CreateOptions, method: Method) -> InputSet:
             f"{subject} has {len(sets)} input sets and --input-set is {options.input_set}; count from 0."
         )
     return sets[options.input_set]
+
+
+def with_positions(inputs: InputSet, weights: Path | None) -> InputSet:
+    """The same pictures with DUSt3R's position maps.
+
+    Raises:
+        UserError: DUSt3R's weights are not here, or it cannot place these pictures.
+    """
+    from avatars.priors import DUSt3R, DUSt3RPrior
+    from avatars.weights import MissingWeights, find
+
+    try:
+        file = find("dust3r", weights).path
+    except MissingWeights as reason:
+        raise UserError(
+            f"The pictures of {inputs.subject} have no position maps, and making them needs DUSt3R: {reason}"
+        ) from reason
+    prior = DUSt3RPrior(DUSt3R.load(file))
+    print(f"Position maps by {prior.name}", flush=True)
+    positions, confidence = prior(inputs.images, inputs.cameras, inputs.masks)
+    return replace(
+        inputs,
+        positions=positions,
+        confidence=confidence,
+        provenance=inputs.provenance | {"prior": prior.name},
+    )
 
 
 @dataclass(frozen=True)

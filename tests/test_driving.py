@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_weights import write_dust3r
 
 from avatars import load_avatar
 from avatars.avat3r import Avat3r
@@ -84,6 +85,21 @@ def test_photographs_make_the_avatar_that_the_shard_makes(model, avatar, photogr
     code = torch.rand(52)
     assert torch.allclose(mine.gaussians(code).means, theirs.gaussians(code).means, atol=1e-5)
     assert torch.allclose(mine.gaussians(code).colors, theirs.gaussians(code).colors, atol=1e-4)
+
+
+def test_pictures_without_position_maps_need_dust3r(model, photographs, tmp_path, monkeypatch, capsys):
+    path = photographs / "pictures.json"
+    described = json.loads(path.read_text())
+    for entry in described["pictures"]:
+        del entry["position"], entry["confidence"]
+    path.write_text(json.dumps(described))
+    monkeypatch.setenv("HEADSPLAT_WEIGHTS", str(tmp_path))
+    words = ["create", str(model), str(tmp_path / "mine"), "--pictures", str(photographs)]
+    assert main(words) == 1
+    assert "making them needs DUSt3R" in capsys.readouterr().err
+    # A network with seeded weights under the published names sees nothing, so its confidence is that of nothing.
+    assert main([*words, "--weights", str(write_dust3r(tmp_path / "dust3r.pth"))]) == 0
+    assert load_avatar(tmp_path / "mine").provenance["prior"].startswith("dust3r:")
 
 
 def test_pictures_are_cut_to_the_head_and_resampled(photographs):

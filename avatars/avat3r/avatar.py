@@ -68,6 +68,11 @@ class Avat3rMethod:
         """Side in pixels of the square pictures that it takes."""
         return self.model.config.size
 
+    @property
+    def needs_positions(self) -> bool:
+        """Whether its pictures must come with position maps."""
+        return self.model.config.position_prior
+
     @torch.no_grad()
     def create(self, inputs: InputSet) -> Avat3rAvatar:
         """Encodes the pictures once.
