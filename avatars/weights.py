@@ -212,7 +212,35 @@ def _sapiens(size: str, epoch: int) -> Weights:
     )
 
 
+def _dinov2(size: str, letter: str, registers: bool) -> Weights:
+    file = f"dinov2_vit{letter}14{'_reg4' if registers else ''}_pretrain.pth"
+    name = f"dinov2-{size}{'-registers' if registers else ''}"
+    return Weights(
+        name=name,
+        files=(file,),
+        used_by=f"feature prior {name}",
+        licence="Apache-2.0",
+        source="https://github.com/facebookresearch/dinov2",
+        fetch=f'curl -fL -o "$HEADSPLAT_WEIGHTS/{file}" '
+        f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{letter}14/{file}",
+    )
+
+
+def _sapiens2(size: str) -> Weights:
+    file = f"sapiens2_{size}_pretrain.safetensors"
+    page = f"https://huggingface.co/facebook/sapiens2-pretrain-{size}"
+    return Weights(
+        name=f"sapiens2-{size}",
+        files=(file,),
+        used_by=f"feature prior sapiens2-{size}, never by default",
+        licence="Sapiens2 License: no biometric processing, no surveillance, no impersonation; audits",
+        source=page,
+        fetch=f'curl -fL -o "$HEADSPLAT_WEIGHTS/{file}" {page}/resolve/main/{file}',
+    )
+
+
 _DUST3R = "DUSt3R_ViTLarge_BaseDecoder_512_dpt"
+_MAST3R = "MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric"
 
 WEIGHTS: dict[str, Weights] = {
     entry.name: entry
@@ -240,17 +268,32 @@ WEIGHTS: dict[str, Weights] = {
         ),
         Weights(
             name="dust3r",
-            files=(f"{_DUST3R}.pth", f"{_DUST3R}/model.safetensors", f"{_DUST3R}.safetensors"),
+            files=(f"{_DUST3R}.pth", f"{_DUST3R}/model.safetensors"),
             used_by="position prior dust3r",
             licence="CC BY-NC-SA 4.0",
             source="https://github.com/naver/dust3r",
             fetch=f'curl -fL -o "$HEADSPLAT_WEIGHTS/{_DUST3R}.pth" '
             f"https://download.europe.naverlabs.com/ComputerVision/DUSt3R/{_DUST3R}.pth",
         ),
+        Weights(
+            name="mast3r",
+            files=(f"{_MAST3R}.pth", f"{_MAST3R}/model.safetensors"),
+            used_by="position prior mast3r",
+            licence="CC BY-NC-SA 4.0",
+            source="https://github.com/naver/mast3r",
+            fetch=f'curl -fL -o "$HEADSPLAT_WEIGHTS/{_MAST3R}.pth" '
+            f"https://download.europe.naverlabs.com/ComputerVision/MASt3R/{_MAST3R}.pth",
+        ),
         _sapiens("0.3b", 1600),
         _sapiens("0.6b", 1600),
         _sapiens("1b", 173),
         _sapiens("2b", 660),
+        *(
+            _dinov2(size, letter, registers)
+            for size, letter in (("small", "s"), ("base", "b"), ("large", "l"), ("giant", "g"))
+            for registers in (False, True)
+        ),
+        *(_sapiens2(size) for size in ("0.1b", "0.4b", "0.8b", "1b", "5b")),
     )
 }
 """All weight files that this version can use, by name."""
