@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from train.fits import FitConfig
 
-__all__ = ["FitResult", "Fits", "fit_subjects", "read_result", "results_table"]
+__all__ = ["FitResult", "Fits", "fit_subjects", "gpus_here", "read_result", "results_table", "slots_here"]
 
 FORMAT = "headsplat-fit"
 RESULT = "result.json"
@@ -107,7 +107,7 @@ def fit_subjects(
     from train.fits import fit_key
 
     if gpus_per_actor is None:
-        gpus_per_actor = float(_gpus_here() > 0)
+        gpus_per_actor = float(gpus_here() > 0)
     config = _configuration(method, gpus_per_actor > 0)
     shards = open_shards(shards_folder, split)
     chosen = _choose(shards.subjects, subjects, split)
@@ -141,9 +141,9 @@ def fit_subjects(
         jobs.append(Job(subject, arguments))
 
     if jobs:
-        here = min(len(jobs), workers or _slots(cpus_per_actor, gpus_per_actor))
+        here = min(len(jobs), workers or slots_here(cpus_per_actor, gpus_per_actor))
         with ray_session(here * cpus_per_actor, here * gpus_per_actor):
-            slots = min(len(jobs), workers or _slots(cpus_per_actor, gpus_per_actor))
+            slots = min(len(jobs), workers or slots_here(cpus_per_actor, gpus_per_actor))
             outcomes = run_jobs(
                 fit_one,
                 jobs,
@@ -314,7 +314,7 @@ def _choose(there: Iterable[str], wanted: Iterable[str] | None, split: str) -> l
     return wanted
 
 
-def _slots(cpus: float, gpus: float) -> int:
+def slots_here(cpus: float, gpus: float) -> int:
     """How many actors this machine, or the cluster that a connected Ray shows, has room for."""
     import ray
 
@@ -322,14 +322,15 @@ def _slots(cpus: float, gpus: float) -> int:
         total = ray.cluster_resources()
         have_cpus, have_gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
     else:
-        have_cpus, have_gpus = float(os.cpu_count() or 1), float(_gpus_here())
+        have_cpus, have_gpus = float(os.cpu_count() or 1), float(gpus_here())
     rooms = [have_cpus / cpus] if cpus else []
     if gpus:
         rooms.append(have_gpus / gpus)
     return max(1, int(min(rooms))) if rooms else 1
 
 
-def _gpus_here() -> int:
+def gpus_here() -> int:
+    """How many GPUs this machine has."""
     import torch
 
     return torch.cuda.device_count()
