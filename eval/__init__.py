@@ -6,15 +6,18 @@ from eval.protocol import Protocol
 from eval.report import table
 from eval.rows import Row, read_rows
 from eval.sheets import comparison_sheet, contact_sheet
+from eval.validate import Validation, validation
 
 __all__ = [
     "Made",
     "Protocol",
     "Row",
+    "Validation",
     "comparison_sheet",
     "contact_sheet",
     "evaluate",
     "metrics",
     "read_rows",
     "table",
+    "validation",
 ]

@@ -18,7 +18,7 @@ from avatars.errors import UserError
 from avatars.inputs import InputSet
 from avatars.method import Avatar, render
 from avatars.rasterize import Rendering
-from eval.meter import Meter
+from eval.meter import Meter, Score
 from eval.metrics import Pictures
 from eval.protocol import (
     Protocol,
@@ -34,8 +34,9 @@ from eval.sheets import SheetColumn, contact_sheet, save_picture
 
 if TYPE_CHECKING:
     from shards import ShardSet
+    from shards.reading import Target
 
-__all__ = ["Driven", "Made", "evaluate", "seconds_a_picture"]
+__all__ = ["Driven", "Made", "Measured", "check_data", "evaluate", "measure_subject", "seconds_a_picture"]
 
 PICTURES_KEPT = 4
 WARM_UP = 2
@@ -70,6 +71,33 @@ class Made:
     hardware: str | None = None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one avatar scored on one subject's targets.
+
+    Attributes:
+        made: the avatar and the seconds that it took.
+        inputs: what it was made from.
+        score: means over the pictures.
+        pictures: per picture: timestep, camera and the values.
+        columns: the kept pictures, by rank; the first is the most frontal.
+        timesteps: number of target timesteps.
+        views: number of target cameras.
+        expression: (E,) of the first target, for timing.
+        frontal: the most frontal camera of the first target, for timing.
+    """
+
+    made: Made
+    inputs: InputSet
+    score: Score
+    pictures: list[dict[str, Any]]
+    columns: dict[int, SheetColumn]
+    timesteps: int
+    views: int
+    expression: Tensor
+    frontal: Cameras
+
+
 def evaluate(
     method: str,
     create: Callable[[InputSet], Avatar | Driven | Made],
@@ -80,6 +108,7 @@ def evaluate(
     out: Path,
     subjects: Sequence[str] | None = None,
     device: str = "cpu",
+    batch: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """One row a subject: makes the avatar, renders every target, measures, times, keeps a few pictures.
@@ -97,13 +126,15 @@ def evaluate(
         out: folder of results.
         subjects: a part of the protocol's subjects, all by default.
         device: where avatars are made and rendered and networks judge.
+        batch: pictures that are rendered and measured at once, 0 for all views of a timestep. Changes memory
+            and time, never a number.
         progress: called with a short sentence as each subject starts and ends.
 
     Raises:
         UserError: the shards are not the protocol's, a subject lacks what the protocol asks for, or a method
             rendered pictures of another size or values that are not finite.
     """
-    _check_data(shards, protocol)
+    check_data(shards, protocol)
     chosen = list(protocol.subjects if subjects is None else subjects)
     unknown = sorted(set(chosen) - set(protocol.subjects))
     if unknown:
@@ -116,7 +147,11 @@ def evaluate(
     for number, subject in enumerate(chosen, start=1):
         if progress is not None:
             progress(f"{method} {checkpoint}: subject {subject} ({number} of {len(chosen)})")
-        row = _evaluate_subject(method, create, shards, subject, protocol, meter, checkpoint, out, device)
+        measured = measure_subject(method, create, shards, subject, protocol, meter, device, batch)
+        row = _row(measured, method, checkpoint, subject, protocol, meter)
+        folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
+        _save_pictures(folder, row, measured.inputs, measured.columns)
+        write_row(row, out)
         rows.append(row)
         if progress is not None:
             numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.values.items())
@@ -147,7 +182,12 @@ def seconds_a_picture(
     return statistics.median(times)
 
 
-def _check_data(shards: ShardSet, protocol: Protocol) -> None:
+def check_data(shards: ShardSet, protocol: Protocol) -> None:
+    """Holds the shards to the protocol.
+
+    Raises:
+        UserError: they are another split, or hold other bytes.
+    """
     found = data_hash(shards)
     if shards.split != protocol.split or found != protocol.data:
         raise UserError(
@@ -157,17 +197,21 @@ def _check_data(shards: ShardSet, protocol: Protocol) -> None:
         )
 
 
-def _evaluate_subject(
+def measure_subject(
     method: str,
     create: Callable[[InputSet], Avatar | Driven | Made],
     shards: ShardSet,
     subject: str,
     protocol: Protocol,
     meter: Meter,
-    checkpoint: str,
-    out: Path,
-    device: str,
-) -> Row:
+    device: str = "cpu",
+    batch: int = 0,
+) -> Measured:
+    """Makes one subject's avatar, renders every target and measures it; the arguments are those of `evaluate`.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
     data = shards.read(subject)
     if protocol.input_set >= len(data.input_sets):
         raise UserError(
@@ -179,7 +223,7 @@ def _evaluate_subject(
     avatar = made.avatar
     if avatar.expression_kind != inputs.expression_kind:
         raise UserError(
-            f"{method} {checkpoint} is driven by {avatar.expression_kind} codes and {subject} has "
+            f"{method} is driven by {avatar.expression_kind} codes and {subject} has "
             f"{inputs.expression_kind}. Evaluate it on captures of its own kind."
         )
 
@@ -192,70 +236,100 @@ def _evaluate_subject(
     chosen = choose_views(first.cameras, used_cameras, protocol.views)
     camera_ids = [first.camera_ids[view] for view in chosen]
 
-    folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
     kept = _pictures_to_keep(len(timesteps), frontal_first(first.cameras[chosen]))
     measured: list[dict[str, float | None]] = []
     pictures: list[dict[str, Any]] = []
     columns: dict[int, SheetColumn] = {}  # by rank among the kept pictures
-    background = torch.tensor(protocol.background)
     for position, timestep in enumerate(timesteps):
         target = data.targets[timestep]
         views = [target.camera_ids.index(name) for name in camera_ids if name in target.camera_ids]
-        masks = target.masks(views)
-        truth = Pictures(_over(target.images(views), masks, background), f"target {target.id}")
-        if tuple(truth.tensor.shape[-2:]) != tuple(protocol.size):
-            raise UserError(
-                f"The target {target.id} is {tuple(truth.tensor.shape[-2:])} pixels; the protocol "
-                f"{protocol.name} measures at {tuple(protocol.size)}."
+        for some in _batches(views, batch):
+            truth, prediction, values = _measure_views(
+                avatar, target, some, protocol, meter, f"{method} for {target.id}", device
             )
-        expression = target.expression.to(device)
-        rendering = _render(
-            avatar, expression, target.cameras[views].to(device=device), protocol.size, background
-        )
-        prediction = Pictures.rendered(rendering.image.cpu(), f"prediction of {method} for {target.id}")
-        values = meter.measure(prediction, truth, masks)
-        measured += values
-        for index, view in enumerate(views):
-            camera = target.camera_ids[view]
-            entry: dict[str, Any] = {"timestep": target.timestep, "camera": camera, **values[index]}
-            place = (position, camera_ids.index(camera))
-            if place in kept:
-                rank = kept.index(place)
-                entry["file"] = f"{rank:02d}"
-                label = f"t {target.timestep} · {camera}"
-                psnr = values[index].get("psnr")
-                columns[rank] = SheetColumn(truth.tensor[index], prediction.tensor[index], label, psnr)
-            pictures.append(entry)
+            measured += values
+            for index, view in enumerate(some):
+                camera = target.camera_ids[view]
+                entry: dict[str, Any] = {"timestep": target.timestep, "camera": camera, **values[index]}
+                place = (position, camera_ids.index(camera))
+                if place in kept:
+                    rank = kept.index(place)
+                    entry["file"] = f"{rank:02d}"
+                    label = f"t {target.timestep} · {camera}"
+                    psnr = values[index].get("psnr")
+                    columns[rank] = SheetColumn(truth.tensor[index], prediction.tensor[index], label, psnr)
+                pictures.append(entry)
     frontal = first.cameras[frontal_first(first.cameras)[0]].to(device=device)
-    seconds = seconds_a_picture(avatar, first.expression.to(device), frontal, protocol.size)
+    return Measured(
+        made=made,
+        inputs=inputs,
+        score=meter.score(measured),
+        pictures=pictures,
+        columns=columns,
+        timesteps=len(timesteps),
+        views=len(chosen),
+        expression=first.expression.to(device),
+        frontal=frontal,
+    )
 
-    score = meter.score(measured)
-    row = Row(
+
+def _batches(views: list[int], batch: int) -> list[list[int]]:
+    size = batch if batch > 0 else len(views)
+    return [views[start : start + size] for start in range(0, len(views), size)]
+
+
+def _measure_views(
+    avatar: Avatar | Driven,
+    target: Target,
+    views: list[int],
+    protocol: Protocol,
+    meter: Meter,
+    name: str,
+    device: str,
+) -> tuple[Pictures, Pictures, list[dict[str, float | None]]]:
+    """Targets, predictions and values of some views of one timestep."""
+    background = torch.tensor(protocol.background)
+    masks = target.masks(views)
+    truth = Pictures(_over(target.images(views), masks, background), f"target {target.id}")
+    if tuple(truth.tensor.shape[-2:]) != tuple(protocol.size):
+        raise UserError(
+            f"The target {target.id} is {tuple(truth.tensor.shape[-2:])} pixels; the protocol "
+            f"{protocol.name} measures at {tuple(protocol.size)}."
+        )
+    cameras = target.cameras[views].to(device=device)
+    rendering = _render(avatar, target.expression.to(device), cameras, protocol.size, background)
+    prediction = Pictures.rendered(rendering.image.cpu(), f"prediction of {name}")
+    return truth, prediction, meter.measure(prediction, truth, masks)
+
+
+def _row(
+    measured: Measured, method: str, checkpoint: str, subject: str, protocol: Protocol, meter: Meter
+) -> Row:
+    """The row of a measured subject; takes the driving rate on the way."""
+    seconds = seconds_a_picture(measured.made.avatar, measured.expression, measured.frontal, protocol.size)
+    return Row(
         method=method,
         checkpoint=checkpoint,
         subject=subject,
         protocol=protocol.name,
         protocol_id=protocol.id,
-        values=score.values,
-        missing=score.missing,
+        values=measured.score.values,
+        missing=measured.score.missing,
         counts={
-            "pictures": len(pictures),
-            "timesteps": len(timesteps),
-            "views": len(chosen),
-            **{f"{key}_left_out": count for key, count in score.left_out.items()},
+            "pictures": len(measured.pictures),
+            "timesteps": measured.timesteps,
+            "views": measured.views,
+            **{f"{key}_left_out": count for key, count in measured.score.left_out.items()},
         },
-        create_seconds=made.seconds,
+        create_seconds=measured.made.seconds,
         drive_fps=1 / seconds,
-        pictures=pictures,
+        pictures=measured.pictures,
         weights=meter.weights,
         hardware=hardware(),
         versions=versions(),
         threads=torch.get_num_threads(),
-        create_hardware=made.hardware,
+        create_hardware=measured.made.hardware,
     )
-    _save_pictures(folder, row, inputs, columns)
-    write_row(row, out)
-    return row
 
 
 def _create(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,11 @@ from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 from eval.baselines import nearest_input
 from eval.evaluate import Made, evaluate, seconds_a_picture
+from eval.meter import Meter
 from eval.metrics import PSNR, PSNR_CAP, PSNR_MASKED, SSIM
 from eval.protocol import data_hash, frontal_first, head_directions, read_protocol, synthetic_heldout
 from eval.rows import read_rows, row_folder
+from eval.validate import validation
 from shards import open_shards
 
 FORMULAS = (PSNR, SSIM, PSNR_MASKED)
@@ -234,6 +237,37 @@ def test_driving_is_timed_on_the_frontal_camera(heldout):
 
     assert seconds_a_picture(Slow(), target.expression, front, (48, 48)) > 0
     assert len(asked) >= 7  # two to warm up, five at least to take the median of
+
+
+def test_no_number_depends_on_how_many_pictures_are_measured_at_once(heldout, protocol, tmp_path):
+    def create(inputs):
+        return Ball()
+
+    (all_views,) = run(heldout, protocol, tmp_path, create, "ball")
+    for batch in (1, 2):
+        (row,) = run(heldout, protocol, tmp_path, create, "ball", batch=batch)
+        assert row.values == all_views.values
+        assert row.pictures == all_views.pictures
+
+
+def test_validation_gives_the_numbers_the_id_and_the_pictures_of_an_evaluation(heldout, protocol, tmp_path):
+    (row,) = run(heldout, protocol, tmp_path, lambda inputs: Ball(), "ball")
+    found = validation(lambda inputs: Ball(), heldout, protocol, limit=1, batch=2)
+    assert found.values == row.values
+    assert found.protocol_id == row.protocol_id
+    assert found.subjects == (row.subject,)
+    assert [shown.caption for shown in found.pictures] == [
+        f"{row.subject} · t {entry['timestep']} · {entry['camera']}"
+        for entry in sorted((e for e in row.pictures if "file" in e), key=lambda e: e["file"])
+    ]
+    folder = row_folder(tmp_path, "ball", "none", row.subject, protocol.name, protocol.id)
+    with Image.open(folder / "00-prediction.png") as image:
+        saved = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    torch.testing.assert_close(found.pictures[0].prediction, saved)
+    with pytest.raises(UserError, match="are not what the protocol"):
+        validation(lambda inputs: Ball(), heldout, replace(protocol, data="0" * 12))
+    with pytest.raises(UserError, match="other metrics than the protocol"):
+        validation(lambda inputs: Ball(), heldout, protocol, meter=Meter((PSNR,)))
 
 
 @pytest.mark.parametrize(
