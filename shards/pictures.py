@@ -155,8 +155,12 @@ def decode_mask(data: Data, out: NDArray[np.uint8], name: str) -> None:
             )
         if kind != [8, 0, 0, 0, 0]:
             raise ValueError("not an 8-bit gray picture without interlacing")
-        # past zlib's header and as raw deflate: its checksum would take as long as inflating does
-        inflated = zlib.decompressobj(-15).decompress(_image_data(data)[2:], height * (width + 1))
+        deflated = _image_data(data)
+        if len(deflated) > 2 * height * (width + 1) + 1024:  # also bounds what a hostile one inflates to
+            raise ValueError("more data than pixels")
+        # Past zlib's header and as raw deflate: its checksum would take as long as inflating does. One byte
+        # more than there should be spares zlib a second look and a copy.
+        inflated = zlib.decompress(deflated[2:], -15, height * (width + 1) + 1)
         if len(inflated) != height * (width + 1):
             raise ValueError("cut short")
         rows = np.frombuffer(inflated, np.uint8).reshape(height, width + 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,12 +24,14 @@ from avatars.inputs import InputSet
 from shards.manifest import Manifest, ShardInfo
 from shards.pictures import decode_jpeg, decode_mask
 from shards.stores import RemoteFolder, ShardCache, StreamReader
-from shards.tarfiles import Data, ShardReader
+from shards.tarfiles import Data, Scratch, ShardReader
 
 __all__ = ["ShardSet", "SubjectShards", "Target", "open_shards"]
 
 
 Reader = ShardReader | StreamReader
+
+_threads = threading.local()
 
 
 def open_reader(manifest: Manifest, shard: ShardInfo, cache: ShardCache | None) -> Reader:
@@ -237,12 +240,20 @@ def decode_views(
     wanted = [f"{name}.mask.png" for name in names]
     if images is not None:
         wanted += [f"{name}.jpg" for name in names]
-    found = reader.read(key, wanted)
+    found = reader.read(key, wanted, _scratch())
     for i, name in enumerate(names):
         where = f"{reader.path}: {key}.{name}"
         decode_mask(found[f"{name}.mask.png"], masks[i], f"{where}.mask.png")
         if images is not None:
             decode_jpeg(found[f"{name}.jpg"], images[i], f"{where}.jpg")
+
+
+def _scratch() -> Scratch:
+    """This thread's memory for members that are decoded before the next read."""
+    scratch: Scratch | None = getattr(_threads, "scratch", None)
+    if scratch is None:
+        scratch = _threads.scratch = Scratch()
+    return scratch
 
 
 def fill_positions(
@@ -253,7 +264,9 @@ def fill_positions(
     confidence: NDArray[np.floating],
 ) -> None:
     """Reads an input set's maps into `positions` (N, 3, H, W) and `confidence` (N, 1, H, W)."""
-    found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")])
+    found = reader.read(
+        key, [f"{name}.{kind}.npy" for name in names for kind in ("position", "confidence")], _scratch()
+    )
     for kind, out in (("position", positions), ("confidence", confidence)):
         for i, name in enumerate(names):
             member = f"{name}.{kind}.npy"
@@ -279,7 +292,7 @@ def fill_features(
         scales: (N, D, 1, 1) where to put the scales of "int8" instead of multiplying with them.
     """
     kinds = ("features", "features-scale") if storage == "int8" else ("features",)
-    found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in kinds])
+    found = reader.read(key, [f"{name}.{kind}.npy" for name in names for kind in kinds], _scratch())
     for i, name in enumerate(names):
         where = f"{reader.path}: {key}.{name}"
         kind = "int8" if storage == "int8" else "float16"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from avatars.errors import UserError
-from shards.tarfiles import Data
+from shards.tarfiles import Data, Scratch
 
 __all__ = ["RemoteFolder", "ShardCache", "StreamReader", "is_remote"]
 
@@ -200,8 +200,8 @@ class StreamReader:
             self._samples = None
         return found
 
-    def read(self, key: str, wanted: list[str]) -> dict[str, Data]:
-        """The bytes of the `wanted` extensions of one sample."""
+    def read(self, key: str, wanted: list[str], scratch: Scratch | None = None) -> dict[str, Data]:
+        """The bytes of the `wanted` extensions of one sample; `scratch` is not needed here."""
         with self._lock:
             sample = self._kept.get(key) or self._forward(key) or self._again(key)
         if sample is None:

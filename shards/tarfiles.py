@@ -20,7 +20,7 @@ from types import TracebackType
 
 from avatars.errors import UserError
 
-__all__ = ["INDEX_KEY", "Data", "ShardReader", "ShardWriter"]
+__all__ = ["INDEX_KEY", "Data", "Scratch", "ShardReader", "ShardWriter"]
 
 Data = bytes | memoryview
 BLOCK = tarfile.BLOCKSIZE
@@ -112,6 +112,24 @@ class ShardWriter:
         os.fsync(self._file.fileno())
 
 
+class Scratch:
+    """Memory that one thread reads into over and over: fresh memory is cleared by the kernel each time."""
+
+    def __init__(self) -> None:
+        self._memory, self._used = bytearray(), 0
+
+    def free(self) -> None:
+        """Nobody uses what was taken so far."""
+        self._used = 0
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes that nobody uses."""
+        if self._used + size > len(self._memory):
+            self._memory, self._used = bytearray(max(size, 2 * len(self._memory))), 0
+        self._used += size
+        return memoryview(self._memory)[self._used - size : self._used]
+
+
 class ShardReader:
     """Reads members of a shard by name, from a local file. Safe to use from several threads.
 
@@ -159,10 +177,17 @@ class ShardReader:
         """What a sample has, in the order it is in the file."""
         return self._sample(key)[1]
 
-    def read(self, key: str, wanted: list[str]) -> dict[str, Data]:
+    def read(self, key: str, wanted: list[str], scratch: Scratch | None = None) -> dict[str, Data]:
         """The bytes of the `wanted` extensions of one sample. Neighbours in the file are read in one go and
         not copied apart.
+
+        Args:
+            key: of the sample.
+            wanted: extensions of its members.
+            scratch: memory to read into. What is returned is then good until it is given again.
         """
+        if scratch is not None:
+            scratch.free()
         offset, extensions, sizes = self._sample(key)
         runs: list[list[tuple[int, str, int]]] = []  # of neighbours: where, what, how many bytes
         remaining, end = set(wanted), -1
@@ -179,7 +204,7 @@ class ShardReader:
         found: dict[str, Data] = {}
         for run in runs:
             start, (last, _, size) = run[0][0], run[-1]
-            data = self._span(start, last + BLOCK + size - start, f"{key}.{run[-1][1]}")
+            data = self._span(start, last + BLOCK + size - start, f"{key}.{run[-1][1]}", scratch)
             for at, extension, size in run:
                 found[extension] = self._member(data, at - start, f"{key}.{extension}", size)
         return found
@@ -189,19 +214,22 @@ class ShardReader:
             raise UserError(f"{self.path} has no sample {key}. Pack or copy the shards again.")
         return self._samples[key]
 
-    def _span(self, offset: int, size: int, name: str) -> memoryview:
+    def _span(self, offset: int, size: int, name: str, scratch: Scratch | None = None) -> memoryview:
         """A stretch of the file that ends with the member `name`."""
         if offset < 0 or size < BLOCK:
             raise UserError(
                 f"{self.path} is damaged: the index places {name} at {offset}. Copy the shard again."
             )
         inside = offset + size <= self._bytes  # asked first: a wrong size must not allocate
-        data = os.pread(self._file, size, offset) if inside else b""
+        data = memoryview(b"")
+        if inside:
+            data = (scratch or Scratch()).take(size)
+            data = data[: os.preadv(self._file, [data], offset)]
         if len(data) < size:
             raise UserError(
                 f"{self.path} is cut short: {name} ends after the file does. Copy the shard again."
             )
-        return memoryview(data)
+        return data
 
     def _member(self, data: memoryview, at: int, name: str, size: int) -> memoryview:
         """The bytes of the member whose header is `at` this place of a stretch."""
