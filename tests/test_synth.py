@@ -17,7 +17,7 @@ from shards.synth.dome import TARGET, golden_camera, look_at, rig
 from shards.synth.expressions import POSES, code, random_expression, smooth_sequence
 from shards.synth.light import Light, bake, sphere
 from shards.synth.raster import depth_buffer
-from shards.synth.subject import draw_subject
+from shards.synth.subject import draw_identity, draw_subject
 
 SETTINGS = {"subjects": 2, "timesteps": 2, "views": 6, "size": 64, "seed": 3}
 
@@ -273,6 +273,32 @@ def test_seeds_give_different_people():
     assert (a.texture == b.texture).all()
     assert (a.identity == b.identity).all()
     assert np.abs(a.identity - c.identity).max() > 1
+
+
+def test_thousand_seeds_give_people_a_millimetre_apart(capsys):
+    head = ParametricHead.load()
+    codes = [draw_identity(np.random.default_rng([subject_seed(0, k), 4711]), 100) for k in range(1000)]
+    assert (codes[5] == draw_subject(head, subject_seed(0, 5)).identity).all()
+    with torch.no_grad():
+        people = head.vertices(torch.from_numpy(np.stack(codes)), torch.zeros(1000, 52))
+    # A mean of distances is at least the distance of means, in every group of neighbouring vertices: a lower bound for
+    # all pairs at once, so that only the pairs below the best found so far have to be measured.
+    groups = torch.arange(head.n_vertices) // 32
+    means = torch.zeros(1000, int(groups.max()) + 1, 3).index_add_(1, groups, people)
+    bound = sum(torch.cdist(means[:, g], means[:, g]) for g in range(means.shape[1])) / head.n_vertices
+    first, second = torch.triu_indices(1000, 1000, 1).unbind(0)
+    bounds, order = bound[first, second].sort()
+    least = torch.inf
+    for start in range(0, len(order), 256):
+        if bounds[start] >= least:
+            break
+        i, j = first[order[start : start + 256]], second[order[start : start + 256]]
+        least = min(least, (people[i] - people[j]).norm(dim=-1).mean(-1).min().item())
+    with capsys.disabled():
+        print(
+            f"\nclosest two of 1,000 people: {1000 * least:.2f} mm mean vertex distance ({start} pairs measured)"
+        )
+    assert 1e-3 < least < 1e-2
 
 
 def test_depth_buffer_agrees_with_a_ray_for_every_pixel():

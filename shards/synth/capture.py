@@ -70,7 +70,7 @@ def synthesize(
         quality: 'fast' (baked light, no noise), or 'path': Mitsuba traces 64 paths a pixel (some seconds a picture).
         tracking: layouts of `shards.synth.tracking` to write each capture in as well, into `<out>-<layout>`.
         progress: True draws a bar on a terminal; a function is called with (pictures done, pictures in all).
-        run: what runs the jobs, one a person; None does one after another in this process (`cluster.synth` has another).
+        run: what runs the jobs; None does one after another in this process (`cluster.synth` has another way).
 
     Raises:
         UserError: a setting is out of range, the folder cannot be written, or it holds captures of other settings.

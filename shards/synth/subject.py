@@ -19,7 +19,7 @@ from shards.synth.hair import Hair, HairStyle, draw_style, grow
 from shards.synth.light import Light, bake, draw_light
 from shards.synth.skin import Complexion, albedo, draw_complexion
 
-__all__ = ["Posed", "Subject", "draw_subject", "pose"]
+__all__ = ["Posed", "Subject", "draw_identity", "draw_subject", "pose"]
 
 Floats = NDArray[np.float32]
 SKIN_LABELS = [LABELS.index(name) for name in ("skin", "scalp", "lips", "mouth", "socket")]
@@ -131,10 +131,15 @@ def _lashes(head: ParametricHead) -> tuple[sparse.csr_matrix, NDArray[np.int32]]
     return operator, triangulate(strip).astype(np.int32)
 
 
+def draw_identity(rng: np.random.Generator, length: int) -> Floats:
+    """An identity code (length,) of the population: normal with unit variance, cut at 2.5 deviations."""
+    return np.clip(rng.normal(size=length), -2.5, 2.5).astype(np.float32)
+
+
 def draw_subject(head: ParametricHead, seed: int) -> Subject:
     """The person of a seed; the same on every machine with the same numpy."""
     rng = np.random.default_rng([seed, 4711])
-    identity = np.clip(rng.normal(size=head.n_identity), -2.5, 2.5).astype(np.float32)
+    identity = draw_identity(rng, head.n_identity)
     masculinity, age = np.clip(np.append(identity, 1) @ head.arrays["attribute_map"].astype(float), 0, 1)
     look = draw_complexion(rng, masculinity, age)
     style = draw_style(rng, masculinity, age)
