@@ -160,7 +160,11 @@ def test_pictures_that_cannot_be_fitted_are_a_sentence_each(inputs):
         ({"expressions": torch.zeros(4, 52)}, "codes of 52 numbers"),
         ({"expressions": EXPRESSIONS[:3]}, "4 pictures, 4 masks, 4 cameras and 3 expression codes"),
         ({"masks": torch.zeros_like(inputs.masks)}, "No picture of egg shows the tracked head"),
-        ({"cameras": cameras_around([0, 1, 2, 3], 4000)}, "No picture of egg shows the tracked head"),
+        ({"cameras": cameras_around([0, 1, 2, 3], 4000)}, "The face of egg is in none of the 4 pictures"),
+        (
+            {"cameras": cameras_around([180, 150, 200, 210], 40)},
+            "The face of egg is in none of the 4 pictures",
+        ),
     ]
     for change, sentence in cases:
         for look in ("pictures", "grey"):

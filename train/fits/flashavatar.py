@@ -16,8 +16,9 @@ from avatars.gaussians import Gaussians, rgb_to_sh
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
 from train.fits.look import neighbour_distance, sample_colors, spread_colors, surface_frames
-from train.fits.mouth import mouth_masks
+from train.fits.mouth import OUTER_LIPS, mouth_masks
 from train.fits.perceptual import load_lpips
+from train.fits.pictures import FitPictures
 
 __all__ = [
     "FlashAvatarFit",
@@ -31,6 +32,8 @@ THICKNESS = 0.3
 """Start of a Gaussian across the surface, as a share of its size along it (only with `look="pictures"`)."""
 MOST_LOOKED_AT = 32
 """Pictures that give the first colours; evenly spread where there are more."""
+MOST_POSED = 256
+"""Expressions whose posed points are kept in memory; of more than these a point is posed when it is drawn."""
 
 
 OURS: dict[str, Any] = {
@@ -54,7 +57,9 @@ class FlashAvatarFitConfig:
     steps: int = 150_000
     """Optimiser steps."""
     pictures_per_step: int = 1
-    """Pictures rendered for one step, drawn without repeats."""
+    """Pictures rendered for one step."""
+    most_a_pass: int = 2_000
+    """Pictures are drawn in passes, each in an order of its own; a pass takes at most so many, as the authors'."""
     checkpoint_every: int = 5_000
     """Steps between checkpoints."""
     seed: int = 0
@@ -105,7 +110,7 @@ class FlashAvatarFitConfig:
     do."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "pictures_per_step", "checkpoint_every", "sh_every"):
+        for name in ("steps", "pictures_per_step", "most_a_pass", "checkpoint_every", "sh_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"FlashAvatar: {name} is {getattr(self, name)} and must be at least 1.")
         for name in ("size", "final_rate", "huber_delta"):
@@ -120,7 +125,9 @@ class FlashAvatarFitConfig:
         """Name of the method."""
         return "flashavatar"
 
-    def build(self, inputs: InputSet, device: str = "cpu", head: HeadMesh | None = None) -> FlashAvatarFit:
+    def build(
+        self, inputs: InputSet | FitPictures, device: str = "cpu", head: HeadMesh | None = None
+    ) -> FlashAvatarFit:
         """A fit at step 0.
 
         Args:
@@ -169,7 +176,7 @@ class FlashAvatarFit:
     def __init__(
         self,
         config: FlashAvatarFitConfig,
-        inputs: InputSet,
+        inputs: InputSet | FitPictures,
         device: str = "cpu",
         head: HeadMesh | None = None,
     ) -> None:
@@ -178,6 +185,7 @@ class FlashAvatarFit:
         Raises:
             UserError: the pictures are not tracked with the configured head, or show no face.
         """
+        inputs = FitPictures.of(inputs)
         identity = _tracked_identity(config, inputs)
         if head is None:
             from avatars.head import ParametricHead
@@ -197,10 +205,10 @@ class FlashAvatarFit:
             torch.manual_seed(config.seed)
             model = FlashAvatar(config.model, head, identity.cpu(), inputs.expression_kind, inputs.provenance)
         self.model = model.to(device)
-        self.centers = self.model.posed_centers(self.inputs.expressions)  # (P, N, 3)
-        distinct = len(self.inputs.expressions.unique(dim=0))
-        self.dropout = config.expression_dropout * distinct / len(self.inputs)
-        self.mouths = self._mouths()  # (P, 1, H, W)
+        self.codes, self.code_of = _distinct(self.inputs.expressions)  # (D, E), and of each picture its row
+        self.dropout = config.expression_dropout * len(self.codes) / len(self.inputs)
+        self.centers = self.model.posed_centers(self.codes[:MOST_POSED])  # (at most D, N, 3)
+        self.lips = self._lips()  # (D, 68, 3)
         self._first_look()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rates = {
@@ -228,8 +236,7 @@ class FlashAvatarFit:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         background = self._background()
-        order = torch.randperm(len(self.inputs), generator=self.generator)
-        chosen = order[: config.pictures_per_step].tolist()
+        chosen = self._drawn()
 
         parts = [self._losses(picture, background) for picture in chosen]
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -263,17 +270,38 @@ class FlashAvatarFit:
         """The avatar as fitted so far."""
         return self.model.eval()
 
+    def _drawn(self) -> list[int]:
+        """The pictures of this step; each pass goes through at most `most_a_pass` of them, in its own order."""
+        count = len(self.inputs)
+        a_pass = min(count, self.config.most_a_pass)
+        first = self.step * self.config.pictures_per_step
+        places = range(first, first + min(self.config.pictures_per_step, a_pass))
+        orders = {}
+        for number in {place // a_pass for place in places}:
+            # A pure function of the seed and the pass: a fit that goes on needs no memory of it.
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + number)
+            orders[number] = torch.randperm(count, generator=generator)
+        return [int(orders[place // a_pass][place % a_pass]) for place in places]
+
+    def _posed(self, picture: int) -> Tensor:
+        """(N, 3) points on the posed mesh of a picture."""
+        row = int(self.code_of[picture])
+        if row < len(self.centers):
+            return self.centers[row]
+        return self.model.posed_centers(self.codes[row : row + 1])[0]
+
     def _losses(self, picture: int, background: Tensor) -> dict[str, Tensor]:
         config, inputs = self.config, self.inputs
         degree = min(config.model.sh_degree, self.step // config.sh_every)
         expression = inputs.expressions[picture]
         if self.dropout and float(torch.rand((), generator=self.generator)) < self.dropout:
             expression = torch.zeros_like(expression)
-        gaussians = self.model.deform(self.centers[picture], expression, degree)
-        rendered = rasterize(gaussians, inputs.cameras[picture], inputs.size, background).image
-        mask = inputs.masks[picture : picture + 1]
-        target = inputs.images[picture : picture + 1] + (1 - mask) * background[:, None, None]
-        mouth = self.mouths[picture : picture + 1]
+        gaussians = self.model.deform(self._posed(picture), expression, degree)
+        camera = inputs.cameras[picture]
+        rendered = rasterize(gaussians, camera, inputs.size, background).image
+        image, mask = inputs.take([picture])
+        target = image + (1 - mask) * background[:, None, None]
+        mouth = mouth_masks(self.lips[self.code_of[picture]][None], camera, inputs.size)
         losses = {"huber": nn.functional.huber_loss(rendered, target, delta=config.huber_delta)}
         if config.mouth_weight:
             inside = nn.functional.huber_loss(rendered * mouth, target * mouth, delta=config.huber_delta)
@@ -295,9 +323,31 @@ class FlashAvatarFit:
         identity = self.model.identity.expand(len(pictures), -1)
         return self.model.head.vertices(identity, self.inputs.expressions[pictures])
 
-    def _mouths(self) -> Tensor:
-        landmarks = self._vertices(torch.arange(len(self.inputs)))[:, self.model.head.landmarks68]
-        return mouth_masks(landmarks, self.inputs.cameras, self.inputs.size)
+    def _lips(self) -> Tensor:
+        """(D, 68, 3) landmarks of each expression.
+
+        Raises:
+            UserError: no picture shows the face.
+        """
+        model, inputs = self.model, self.inputs
+        landmarks = torch.cat(
+            [
+                model.head.vertices(model.identity.expand(len(codes), -1), codes)[:, model.head.landmarks68]
+                for codes in self.codes.split(MOST_POSED)
+            ]
+        )
+        middle = landmarks[self.code_of][:, OUTER_LIPS].mean(1)  # (P, 3)
+        facing = (inputs.cameras.centers - middle)[:, 2] > 0  # +z comes out of the face
+        height, width = inputs.size
+        for picture in facing.nonzero()[:, 0].tolist():
+            pixels, depth = inputs.cameras[picture].project(middle[picture, None])
+            x, y = pixels[0, 0].tolist()
+            if float(depth) > 0 and 0 <= x < width and 0 <= y < height:
+                return landmarks
+        raise UserError(
+            f"The face of {inputs.subject} is in none of the {len(inputs)} pictures: all show it from behind, or the "
+            "cameras or head poses belong to other pictures."
+        )
 
     def _lpips(self) -> nn.Module | None:
         if not self.config.lpips_weight or self.config.lpips_from >= self.config.steps:
@@ -325,17 +375,19 @@ class FlashAvatarFit:
         thickness = THICKNESS * lengths.prod(1, keepdim=True).sqrt()
         flat = torch.cat([lengths, thickness], 1)  # (N, 3)
 
-        skin = Gaussians(self.centers[0], rotations, 0.7 * flat, torch.full_like(flat[:, 0], 0.99), flat)
+        posed = torch.stack([self._posed(picture) for picture in few.tolist()])  # (P, N, 3)
+        images, masks = inputs.take(few.tolist())
+        skin = Gaussians(posed[0], rotations, 0.7 * flat, torch.full_like(flat[:, 0], 0.99), flat)
         depths = [
-            rasterize(replace(skin, means=self.centers[p]), inputs.cameras[p], inputs.size).depth
-            for p in few.tolist()
+            rasterize(replace(skin, means=means), inputs.cameras[p], inputs.size).depth
+            for p, means in zip(few.tolist(), posed, strict=True)
         ]
         normals = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
         colors, weights = sample_colors(
-            self.centers[few],
+            posed,
             nn.functional.normalize(normals, dim=-1),
-            inputs.images[few],
-            inputs.masks[few],
+            images,
+            masks,
             torch.cat(depths),
             inputs.cameras[few],
             slack=3 * float(lengths.median()),
@@ -358,7 +410,16 @@ class FlashAvatarFit:
             model.sh_dc.copy_(rgb_to_sh(spread_colors(neutral, colors, weights, config.mirror))[:, None])
 
 
-def _tracked_identity(config: FlashAvatarFitConfig, inputs: InputSet) -> Tensor:
+def _distinct(expressions: Tensor) -> tuple[Tensor, Tensor]:
+    """The different codes (D, E) in the order in which they come, and (P,) which of them each picture has."""
+    found: dict[bytes, int] = {}
+    rows = [found.setdefault(code.tobytes(), len(found)) for code in expressions.cpu().numpy()]
+    row_of = torch.tensor(rows, dtype=torch.long, device=expressions.device)
+    first = [rows.index(row) for row in range(len(found))]
+    return expressions[first], row_of
+
+
+def _tracked_identity(config: FlashAvatarFitConfig, inputs: FitPictures) -> Tensor:
     """The person's identity code (I,), after a look at whether these pictures can be fitted at all."""
     if inputs.identity is None or inputs.head is None:
         raise UserError(
@@ -371,7 +432,7 @@ def _tracked_identity(config: FlashAvatarFitConfig, inputs: InputSet) -> Tensor:
         raise UserError(
             f"The pictures of {inputs.subject} are tracked with the head {inputs.head!r} and this fit is set "
             "up for "
-            f"{config.model.head!r}; set --model.head {inputs.head}."
+            f"{config.model.head!r}; give --head {inputs.head}."
         )
     if len(inputs) == 0 or not len(inputs) == len(inputs.expressions) == len(inputs.cameras) == len(
         inputs.masks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avatars.cameras import Cameras
 
-__all__ = ["mouth_masks"]
+__all__ = ["OUTER_LIPS", "mouth_masks"]
 
 OUTER_LIPS = slice(48, 60)
 """Of the 68 landmarks, in order around the mouth."""
