@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards pack": ("launch.data:pack", "packs captures into self-contained shards"),
     "shards check": ("launch.data:check", "validates packed shards"),
     "shards info": ("launch.data:info", "tells what is in packed shards"),
+    "priors": ("launch.priors:priors", "computes position and feature maps of input sets into new shards"),
     "train": ("launch.training:train", "one process group's worth of training; `launch` starts the ranks"),
     "launch": (
         "launch.training:launch",
@@ -21,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "create": ("launch.driving:create", "makes an avatar of a few pictures with cameras"),
     "drive": ("launch.driving:drive", "shows an avatar with other expressions: video, pictures, Gaussians"),
+    "plan": (
+        "launch.plan:plan",
+        "tells memory, time, bandwidth, storage and cost of a training, without a GPU",
+    ),
     "preflight": (
         "launch.multihost:preflight",
         "checks all hosts of a hostfile, as `launch` does before a rank starts",
