@@ -57,6 +57,10 @@ def make_one(arguments: dict[str, Any], report: Report) -> None:
     """Makes one person, in an actor or anywhere else; reports "pictures" after each timestep."""
     from shards.synth.capture import make_capture
 
+    if arguments["settings"]["quality"] == "path":
+        import drjit
+
+        drjit.set_thread_count(1)  # an actor has one core: several people's pictures are in flight, one each
     made = 0
 
     def advance(pictures: int) -> None:

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,37 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
         synthesize(tmp_path / "file", **SETTINGS, progress=False)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root"
+)
+def test_a_full_disk_is_reported_and_what_is_complete_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    one = synthesize(tmp_path / "one", subjects=1, timesteps=1, views=4, size=64, progress=False)[0]
+    room = sum(path.stat().st_size + 4096 for path in one.rglob("*") if path.is_file())
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * room)}", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if mount.returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    settings = {"timesteps": 1, "views": 4, "size": 64, "progress": False}
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot write captures into .*No space left on device.*what is complete"
+        ):
+            synthesize(disk, subjects=3, **settings)
+        assert bytes_of(disk / "s0000") == bytes_of(one)
+        assert not (disk / "s0001" / "capture.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=16M", str(disk)], check=True, capture_output=True)
+        assert (
+            len([f for f in synthesize(disk, subjects=3, **settings) if (f / "capture.json").is_file()]) == 3
+        )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_dome_cameras_look_at_the_head():
     cameras = rig("dome", 80, 128)
     centres = np.stack([-pose[:3, :3].T @ pose[:3, 3] for pose in cameras.world_to_camera])
@@ -356,6 +389,32 @@ def test_light_is_even_in_the_open_and_blocked_by_what_stands_before_it():
     closed = bake(light, np.eye(3, dtype=np.float32), points, normals, faces, 5)
     assert closed.gloss[0, 0] < 0.05
     assert closed.diffuse[0].max() < 0.55
+
+
+def test_path_traced_pictures_depend_on_the_seed_only(tmp_path):
+    import drjit
+
+    from shards.synth.subject import pose
+    from shards.synth.traced import TracedPerson
+
+    head = ParametricHead.load()
+    subject = draw_subject(head, 3)
+    posed = pose(head, subject, code({}), np.eye(4))
+    cameras = rig("dome", 1, 24)
+
+    def picture(seed):
+        return TracedPerson(posed, subject.light, np.eye(4)).render(
+            cameras.K[0], cameras.world_to_camera[0], 24, samples=4, seed=seed
+        )
+
+    before = drjit.thread_count()
+    first = picture(1)
+    try:
+        drjit.set_thread_count(1)
+        assert (picture(1) == first).all()
+    finally:
+        drjit.set_thread_count(before)
+    assert (picture(2) != first).any()
 
 
 def test_path_traced_pictures_show_the_same_person(tmp_path):

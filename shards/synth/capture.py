@@ -169,10 +169,16 @@ def write_capture(number: int, folder: Path, settings: dict, advance: Callable[[
             (folder / kind / name).mkdir(parents=True)
         posed = pose(head, subject, expression, head_to_world)
         traced = TracedPerson(posed, subject.light, head_to_world) if settings["quality"] == "path" else None
-        for K, world_to_camera, camera in zip(cameras.K, cameras.world_to_camera, cameras.ids, strict=True):
+        # One traced picture at a time keeps all of a process's threads busy; more in flight were no faster.
+        noise = np.random.SeedSequence([person, t]).generate_state(len(cameras.ids)).tolist()
+        for K, world_to_camera, camera, seed in zip(
+            cameras.K, cameras.world_to_camera, cameras.ids, noise, strict=True
+        ):
             picture = render(posed, K, world_to_camera @ head_to_world, settings["size"])
             if traced is not None:
-                image = traced.render(K, world_to_camera @ head_to_world, settings["size"], samples=PATHS)
+                image = traced.render(
+                    K, world_to_camera @ head_to_world, settings["size"], samples=PATHS, seed=seed
+                )
                 picture = replace(picture, image=image)
             for kind, pixels in _encode(picture).items():
                 Image.fromarray(pixels).save(folder / kind / name / f"{camera}.png", compress_level=1)

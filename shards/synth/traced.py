@@ -105,7 +105,10 @@ class TracedPerson:
     def render(
         self, K: Array, world_to_camera: Array, size: int, *, samples: int, seed: int = 0
     ) -> NDArray[np.uint8]:
-        """A picture (size, size, 3) in sRGB over the studio's dark background, `samples` paths a pixel."""
+        """A picture (size, size, 3) in sRGB over the studio's dark background, `samples` paths a pixel.
+
+        The noise depends on the seed (below 2³²) alone, not on the number of threads.
+        """
         mi = self.mi
         # Mitsuba's cameras have x to the left and y up, and shift the film instead of the principal point.
         to_world = np.linalg.inv(world_to_camera) @ np.diag([-1.0, -1.0, 1.0, 1.0])
