@@ -18,6 +18,8 @@ __all__ = [
     "OptimizerConfig",
     "Precision",
     "TrainConfig",
+    "ValidationConfig",
+    "accumulation",
     "learning_rate",
 ]
 
@@ -32,6 +34,14 @@ class LossConfig:
     """Mean absolute error."""
     ssim: float = 0.2
     """One minus SSIM."""
+    lpips: float = 0.0
+    """LPIPS over VGG-16, from `lpips_start` on; 0 for never. Needs weights that a user brings."""
+    lpips_start: float = 3.0 / 3.5
+    """Where LPIPS sets in, as a fraction of all steps (Avat3r: 3.0 of 3.5 M steps)."""
+
+    def __post_init__(self) -> None:
+        if min(self.l1, self.ssim, self.lpips) < 0 or not 0 <= self.lpips_start <= 1:
+            raise UserError("The --loss weights must not be negative, and --loss.lpips-start is from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,28 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 2
     """How many of the newest are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0 for none."""
+    best: Literal["psnr", "ssim", "lpips"] = "psnr"
+    """The checkpoint that is best by this metric of the validation is kept, too."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Evaluation of held-out people inside the training, under the evaluation's own protocol."""
+
+    every: int = 0
+    """Steps between validations; the last step always is one. 0 for none."""
+    subjects: int = 2
+    """How many held-out people, 0 for all."""
+    timesteps: int = 2
+    """Expressions of each, 0 for all."""
+    views: int = 4
+    """Cameras of each expression, 0 for all."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.subjects, self.timesteps, self.views) < 0:
+            raise UserError("The numbers of --validation must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -128,6 +160,8 @@ class TrainConfig:
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The checkpoints."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The evaluation inside the training."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What ends a run."""
     precision: Precision = "bf16"
@@ -136,14 +170,26 @@ class TrainConfig:
     """DeepSpeed ZeRO stage."""
     accumulate: int = 1
     """Micro-batches of an optimiser step."""
+    batch: int = 0
+    """Examples of an optimiser step over all ranks; `accumulate` follows from it. 0 for what the others give."""
+    ema: float = 0.0
+    """Decay of the running mean of the weights, which is what is exported and evaluated; 0 for none."""
     seed: int = 0
     """Seed of the network's initial weights."""
     log_every: int = 10
     """Steps between lines on the terminal."""
     ranks_without_gpu: int = 2
     """Processes that `make train` starts on a machine without a GPU."""
+    profile: bool = False
+    """Write a trace of a few steps and, on a GPU, a memory snapshot to `profile/` in the run's folder."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.ema < 1:
+            raise UserError(
+                f"Recipe {self.recipe}: --ema is {self.ema}; a decay is from 0 (none) to below 1."
+            )
+        if self.batch < 0:
+            raise UserError(f"Recipe {self.recipe}: --batch is {self.batch}; give 0 or a number of examples.")
         positive = {
             "steps": self.steps,
             "accumulate": self.accumulate,
@@ -167,6 +213,38 @@ class TrainConfig:
     def same_model_as(self, other: dict[str, Any]) -> bool:
         """Whether a checkpoint with the configuration `other` fits this one's network."""
         return self.to_json()["model"] == other.get("model")
+
+
+def accumulation(config: TrainConfig, world_size: int, inherited: int = 0) -> int:
+    """Micro-batches of an optimiser step on so many ranks.
+
+    Args:
+        config: the resolved recipe.
+        world_size: number of ranks.
+        inherited: batch of the checkpoint that another number of ranks wrote, to be kept where the recipe names none.
+
+    Raises:
+        UserError: the batch is no multiple of what the ranks compute at once; the sentence does the arithmetic.
+    """
+    micro = config.data.micro_batch
+    at_once = micro * world_size
+    batch = config.batch or inherited
+    if not batch:
+        return config.accumulate
+    if batch % at_once:
+        whose = "--batch" if config.batch else "The checkpoint's batch, which a resumed run keeps,"
+        below = max(batch // at_once, 1) * at_once
+        raise UserError(
+            f"{whose} is {batch} examples, but {world_size} ranks of --data.micro-batch {micro} compute "
+            f"{at_once} at once, and {batch} / {at_once} = {batch / at_once:.2f} is no whole number of micro-batches. "
+            f"Take --batch {below} or {below + at_once}, another --data.micro-batch or another number of ranks."
+        )
+    if config.batch and config.accumulate not in (1, batch // at_once):
+        raise UserError(
+            f"--batch {batch} on {world_size} ranks of {micro} takes --accumulate {batch // at_once}, and it is "
+            f"{config.accumulate}; leave one of them out."
+        )
+    return batch // at_once
 
 
 def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from avatars.errors import UserError
-from train.config import TrainConfig
+from train.config import TrainConfig, accumulation
 
 __all__ = ["check_top_level", "deepspeed_json"]
 
@@ -17,6 +17,7 @@ KNOWN_KEYS = frozenset(
         "gradient_clipping",
         "optimizer",
         "bf16",
+        "checkpoint",
         "zero_optimization",
         "steps_per_print",
         "wall_clock_breakdown",
@@ -24,18 +25,27 @@ KNOWN_KEYS = frozenset(
 )
 
 
-def deepspeed_json(config: TrainConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_json(
+    config: TrainConfig, world_size: int, accumulate: int | None = None, *, universal: bool = False
+) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes.
 
     Args:
         config: the resolved recipe.
         world_size: number of ranks.
+        accumulate: micro-batches of a step, from `accumulation`; that of the recipe by default.
+        universal: read a checkpoint in the universal format, which fits any number of ranks.
+
+    Raises:
+        UserError: the batch does not divide.
     """
     optimizer = config.optimizer
+    if accumulate is None:
+        accumulate = accumulation(config, world_size)
     values: dict[str, Any] = {
-        "train_batch_size": config.data.micro_batch * config.accumulate * world_size,
+        "train_batch_size": config.data.micro_batch * accumulate * world_size,
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
-        "gradient_accumulation_steps": config.accumulate,
+        "gradient_accumulation_steps": accumulate,
         "gradient_clipping": optimizer.clip,
         "optimizer": {
             "type": "AdamW",
@@ -53,6 +63,8 @@ def deepspeed_json(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,  # our own line says more
         "wall_clock_breakdown": False,
     }
+    if universal:
+        values["checkpoint"] = {"load_universal": True}
     check_top_level(values)
     return values
 

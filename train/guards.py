@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ class Hub:
         rank = self._ranks.pop(connection, None)
         if rank is not None and (word := self._words.pop(rank, None)) is not None:
             self._verdict = self._verdict or (
-                f"Rank {rank} on {word.host} died in '{word.phase}': its process is gone without a word. Look for the "
+                f"Rank {rank} on {word.host} died: its process is gone without a word. Look for the "
                 "out-of-memory killer there (`dmesg`)."
             )
         self._selector.unregister(connection)
@@ -296,6 +296,16 @@ class Watch:
         self._leaving = threading.Event()
         self._hub: Hub | None = None
         self._key, self._address = self._meet()
+        # Introduced before anything else happens: the hub cannot miss whom it knows.
+        try:
+            self._line = socket.create_connection(self._address, timeout=config.silence_seconds)
+        except OSError as error:
+            raise UserError(
+                f"Rank 0's port {self._address[1]} at {self._address[0]} cannot be reached from "
+                f"{socket.gethostname()} ({error}); open the ports between the hosts of a training."
+            ) from error
+        self._line.settimeout(BEAT / 4)
+        self._say()
         self._thread = threading.Thread(target=self._run, name="headsplat-watch", daemon=True)
         self._thread.start()
 
@@ -354,19 +364,13 @@ class Watch:
                 self._hub.close()
 
     def _run(self) -> None:
-        try:
-            line = socket.create_connection(self._address, timeout=self._config.silence_seconds)
-        except OSError as error:
-            self._end(f"Rank 0 at {self._address[0]} cannot be reached from {socket.gethostname()}: {error}.")
-            return
         heard = time.monotonic()
-        line.settimeout(BEAT / 4)
         rest = b""
-        with line:
+        with self._line:
             while not self._leaving.is_set():
                 try:
-                    self._say(line)
-                    *lines, rest = (rest + self._listen(line)).split(b"\n")
+                    self._say()
+                    *lines, rest = (rest + self._listen()).split(b"\n")
                 except OSError as error:
                     self._end(f"Rank 0 at {self._address[0]} died: its connection is gone ({error}).")
                     return
@@ -384,9 +388,10 @@ class Watch:
                     )
                     return
                 self._leaving.wait(BEAT / 2)
-            self._say(line, bye=True)
+            with suppress(OSError):
+                self._say(bye=True)
 
-    def _say(self, line: socket.socket, bye: bool = False) -> None:
+    def _say(self, bye: bool = False) -> None:
         words = {
             "key": self._key,
             "rank": self.rank,
@@ -398,13 +403,13 @@ class Watch:
             "bye": bye,
         }
         try:
-            line.sendall(json.dumps(words).encode() + b"\n")
+            self._line.sendall(json.dumps(words).encode() + b"\n")
         except TimeoutError:
             return  # the network is full or cut; silence tells
 
-    def _listen(self, line: socket.socket) -> bytes:
+    def _listen(self) -> bytes:
         try:
-            heard = line.recv(65536)
+            heard = self._line.recv(65536)
         except TimeoutError:
             return b""
         if not heard:

@@ -7,8 +7,8 @@ no rank waits for one that went another way.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,13 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
-from eval.provenance import versions
-from shards import BatchLoader
-from train import checkpoint
 from train.config import TrainConfig, learning_rate
-from train.deepspeed_config import deepspeed_json
 from train.endings import Preempted, SharedFailure
-from train.guards import DATA, RECOVERY, GradientGate, LossSpikes, StopSignal, Watch, require_finite
-from train.start import agreed_checkpoint, claimed, join_ranks, usable
-from train.task import Batch, Task
-from train.telemetry import RunLog
-from train.weights import whole_weights
+from train.guards import DATA, RECOVERY, StopSignal, Watch, require_finite
+from train.start import claimed, join_ranks
+from train.task import Task
+from train.telemetry import RunLog, node_metrics
+from train.training import Training, prepared
 
 __all__ = ["train"]
 
@@ -46,109 +42,41 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         UserError: what a user can mend: other data, a loss that is not finite, no space, a rank that died.
         Preempted: SIGTERM came; a checkpoint is written.
     """
-    rank, world_size = join_ranks(config)
+    join_ranks(config)
     stop = StopSignal(run)
     watch = Watch(config.guard, log.last_words)
-    with watch.over(), claimed(run):
-        manifest = usable(data, task)
-        torch.manual_seed(config.seed)
-        module = task.build()
-        provenance = {
-            "recipe": config.recipe,
-            "data": manifest.fingerprint,
-            "expression_kind": manifest.expression_kind,
-            "versions": versions(),
-        }
-        newest = agreed_checkpoint(run, config, manifest.fingerprint)
-        if newest is None and rank == 0:
-            task.export(module, run / "initial", provenance | {"step": 0})
-        gate = GradientGate(module) if config.guard.nonfinite == "skip" else None
-        engine = deepspeed_engine(module, config, world_size)
-        first = 0
-        if newest is not None:
-            folder, meta = newest
-            checkpoint.load(engine, folder, meta)
-            first = meta.step
-            log.say(f"resuming {run} at step {first} of {config.steps} from {folder.name}")
-        log.start(config, resumed_at=first)
-        spikes = LossSpikes(config.guard.spike_factor)
-        skips = 0
-        loader = iter(
-            BatchLoader(
-                data,
-                "train",
-                seed=config.data.seed,
-                micro_batch=config.data.micro_batch,
-                world_size=world_size,
-                rank=rank,
-                start=first * config.accumulate,
-                views=config.data.views,
-            )
-        )
-        for step in range(first, config.steps):
-            started = time.perf_counter()
+    with watch.over(), claimed(run), prepared(task, config, data, run, log, watch) as t:
+        for step in range(t.first, config.steps):
+            started, done = time.perf_counter(), step + 1
             rate = learning_rate(step, config.optimizer, config.steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            own = accumulate(engine, loader, config, watch, gate)
-            means, wishes = agree(own, {"stop": float(stop.asked), "skipped": float(bool(own.left_out))})
-            if gate is None:
-                require_finite("loss", means["loss"], own.mean("loss"), own.ids, step)
-            elif wishes["skipped"]:
-                skips += 1
-                tell_skipped(log, own, step, skips, config, lost=not math.isfinite(means["loss"]))
-            if (usual := spikes.look(means["loss"])) is not None:
-                log.spike(step + 1, means["loss"], usual, own.ids)
+            t.set_rate(rate)
+            own = accumulate(t, step / config.steps)
+            means, wishes = agree(own, stop=stop.asked, skipped=bool(own.left_out), busy=t.checkpoints.busy)
+            judge(t, own, means, wishes["skipped"] > 0, step)
             watch.enter("the optimiser's step", config.guard.step_seconds)
-            engine.step()
-            norm = float(engine.get_global_grad_norm() or 0.0)
-            require_finite("gradient", norm, norm, own.ids, step)
+            t.engine.step()
+            means["grad_norm"] = gradient_norm(t.engine, own.ids, step)
+            if t.ema:
+                t.ema.update()
             watch.warm()
-            log.step(
-                step + 1,
-                means | {"grad_norm": norm},
-                lr=rate,
-                seconds=time.perf_counter() - started,
-                waited=own.waited,
-                examples=config.data.micro_batch * config.accumulate * world_size,
-            )
-            done = step + 1
+            log.step(done, means, rate, time.perf_counter() - started, own.waited, t.batch)
+            if done % config.log_every == 0:
+                tell_nodes(log, done)
+            t.profiler.step()
+            if t.checkpoints.pending and not wishes["busy"]:
+                t.settle()
+            validated = t.validation.run(t, done) if t.validation.due(done) else {}
             if done == config.steps or done % config.checkpoint.every == 0 or wishes["stop"]:
-                watch.enter("writing a checkpoint", config.guard.checkpoint_seconds)
-                meta = checkpoint.Meta(
-                    step=done,
-                    micro_batches=done * config.accumulate,
-                    world_size=world_size,
-                    config=config.to_json(),
-                    data=manifest.fingerprint,
-                    versions=versions(),
-                    tracking_run=log.tracking_run,
-                )
-                where = checkpoint.save(engine, run, meta, config.checkpoint.keep)
-                log.say(f"wrote {where.name}")
+                t.save(done, validated)
             if wishes["stop"] and done < config.steps:
-                if rank == 0:
-                    stop.obeyed()
+                t.settle()
+                stop.obeyed()
                 raise Preempted(
                     f"stopped at step {done} of {config.steps}; the same command goes on from there"
                 )
-        watch.enter("writing the network", config.guard.checkpoint_seconds)
-        with whole_weights(engine, config.zero_stage):
-            if rank == 0:
-                task.export(engine.module, run / "export", provenance | {"step": max(first, config.steps)})
-        dist.barrier()
-
-
-def deepspeed_engine(module: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
-    """DeepSpeed around the network."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=list(module.parameters()),
-        config=deepspeed_json(config, world_size),
-    )
-    return engine
+        if t.checkpoints.pending:
+            t.settle()
+        t.export(run / "export", max(t.first, config.steps))
 
 
 @dataclass
@@ -184,34 +112,37 @@ class Tally:
         return float(self.sums[name]) / self.count if self.count else math.nan
 
 
-def accumulate(
-    engine: Any, loader: Iterator[Batch], config: TrainConfig, watch: Watch, gate: GradientGate | None
-) -> Tally:
-    """Forward and backward over the micro-batches of one step."""
+def accumulate(t: Training, progress: float) -> Tally:
+    """Forward and backward over the micro-batches of one step.
+
+    Args:
+        t: the training.
+        progress: share of all steps that are done, which a loss may depend on.
+    """
     own = Tally()
-    for index in range(config.accumulate):
+    for index in range(t.accumulate):
         if index:
-            engine.step()  # counts the micro-batch before; the optimiser acts after the last one only
-        watch.enter(DATA, config.guard.data_seconds)
+            t.engine.step()  # counts the micro-batch before; the optimiser acts after the last one only
+        t.watch.enter(DATA, t.config.guard.data_seconds)
         asked = time.perf_counter()
-        batch = next(loader)
+        batch = next(t.loader)
         own.waited += time.perf_counter() - asked
-        watch.enter("forward and backward", config.guard.step_seconds)
-        batch = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        t.watch.enter("forward and backward", t.config.guard.step_seconds)
+        batch = {k: v.to(t.engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         try:
-            loss, parts = engine(batch)
+            loss, parts = t.engine(batch | {"progress": progress})
         except UserError as error:
             raise UserError(f"Examples {', '.join(batch['ids'])}: {error} {RECOVERY}") from error
-        counts = gate is None or math.isfinite(float(loss))
-        if gate is not None:
-            gate.shut = not counts
-        engine.backward(loss)
+        counts = t.gate is None or math.isfinite(float(loss.detach()))
+        if t.gate is not None:
+            t.gate.shut = not counts
+        t.engine.backward(loss)
         own.add({"loss": loss.detach(), **parts}, batch["ids"], counts)
-    watch.enter("the mean over the ranks", config.guard.step_seconds)
+    t.watch.enter("the mean over the ranks", t.config.guard.step_seconds)
     return own
 
 
-def agree(own: Tally, wishes: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def agree(own: Tally, **wishes: bool) -> tuple[dict[str, float], dict[str, float]]:
     """One small all-reduce for everything that ranks tell each other about a step.
 
     Returns:
@@ -226,8 +157,23 @@ def agree(own: Tally, wishes: dict[str, float]) -> tuple[dict[str, float], dict[
     return means, dict(zip(wishes, values[len(own.sums) + 1 :].tolist(), strict=True))
 
 
-def tell_skipped(log: RunLog, own: Tally, step: int, skips: int, config: TrainConfig, lost: bool) -> None:
-    """Records the examples that a step leaves out.
+def judge(t: Training, own: Tally, means: dict[str, float], skipped: bool, step: int) -> None:
+    """Looks at the loss before the optimiser does.
+
+    Raises:
+        SharedFailure: it is not finite, and the policy is to stop or was stretched too far.
+    """
+    if t.gate is None:
+        require_finite("loss", means["loss"], own.mean("loss"), own.ids, step)
+    elif skipped:
+        t.skips += 1
+        left_out(t, own, step, nothing_left=not math.isfinite(means["loss"]))
+    if (usual := t.spikes.look(means["loss"])) is not None:
+        t.log.spike(step + 1, means["loss"], usual, own.ids)
+
+
+def left_out(t: Training, own: Tally, step: int, nothing_left: bool) -> None:
+    """Records the examples that a step goes on without.
 
     Raises:
         SharedFailure: no example is left, or it happened too often.
@@ -235,14 +181,29 @@ def tell_skipped(log: RunLog, own: Tally, step: int, skips: int, config: TrainCo
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, own.left_out)
     names = ", ".join(name for report in reports for name in report)
-    log.event("skipped", at_step=step + 1, examples=own.left_out)
-    if lost or skips > config.guard.max_skips:
-        why = (
-            "no example is left" if lost else f"that is more than --guard.max-skips {config.guard.max_skips}"
-        )
+    t.log.event("skipped", at_step=step + 1, examples=own.left_out)
+    most = t.config.guard.max_skips
+    if nothing_left or t.skips > most:
+        why = "no example is left" if nothing_left else f"that is more than --guard.max-skips {most}"
         raise SharedFailure(
             f"The loss is not finite at step {step + 1}, from the examples {names}; {why}. {RECOVERY}"
         )
-    log.say(
-        f"step {step + 1}: left out {names}, whose loss is not finite ({skips} of {config.guard.max_skips})"
-    )
+    t.log.say(f"step {step + 1}: left out {names}, whose loss is not finite ({t.skips} of {most})")
+
+
+def gradient_norm(engine: Any, ids: list[str], step: int) -> float:
+    """Norm of the step's whole gradient, before clipping.
+
+    Raises:
+        SharedFailure: it is not finite.
+    """
+    norm = float(engine.get_global_grad_norm() or 0.0)
+    require_finite("gradient", norm, norm, ids, step)
+    return norm
+
+
+def tell_nodes(log: RunLog, done: int) -> None:
+    """Every node's first rank says what its host is busy with, and rank 0 passes it on."""
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, node_metrics() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+    log.nodes(done, [report for report in reports if report is not None])

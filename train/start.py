@@ -24,7 +24,18 @@ from train.config import TrainConfig
 from train.endings import SharedFailure
 from train.task import Task
 
-__all__ = ["agreed_checkpoint", "claimed", "join_ranks", "single_process_environment", "usable"]
+__all__ = [
+    "Resumption",
+    "agreed_checkpoint",
+    "check_precision",
+    "claimed",
+    "find_checkpoint",
+    "first_micro_batch",
+    "join_ranks",
+    "shared",
+    "single_process_environment",
+    "usable",
+]
 
 
 def join_ranks(config: TrainConfig) -> tuple[int, int]:
@@ -57,18 +68,29 @@ def release_shared_memory(rank: int) -> None:
     (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
+@contextmanager
+def shared() -> Iterator[None]:
+    """Around what every rank looks at and finds the same, so that one voice tells it.
+
+    Raises:
+        SharedFailure: in place of a UserError.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise SharedFailure(str(error)) from error
+
+
 def usable(data: Path, task: Task) -> Manifest:
     """The shards' manifest, when the task can be trained on them.
 
     Raises:
-        SharedFailure: it cannot. Every rank looks and finds the same.
+        SharedFailure: it cannot.
     """
-    try:
+    with shared():
         manifest = Manifest.load(data)
         task.check(manifest)
         return manifest
-    except UserError as error:
-        raise SharedFailure(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -125,7 +147,8 @@ def find_checkpoint(run: Path, config: TrainConfig, data: str, world_size: int) 
         if meta.config.get("zero_stage") != config.zero_stage or meta.config["precision"] != config.precision:
             raise UserError(
                 f"{folder} was written at --zero-stage {meta.config.get('zero_stage')} in {meta.config['precision']} "
-                f"and the recipe has {config.zero_stage} in {config.precision}; go on as it was, or choose another RUN=."
+                f"and the recipe has {config.zero_stage} in {config.precision}; "
+                "go on as it was, or choose another RUN=."
             )
         if meta.data != data:
             raise UserError(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from avatars.method import Method
 from shards import Manifest
 
 __all__ = ["Batch", "Task"]
@@ -27,8 +28,19 @@ class Task(Protocol):
         """
         ...
 
+    def check_weights(self) -> None:
+        """Refuses to begin when weights are missing that any later phase of the training needs.
+
+        Raises:
+            UserError: naming the file and where it is looked for.
+        """
+        ...
+
     def build(self) -> nn.Module:
-        """A module whose `forward(batch)` returns the loss and its parts as scalars, ready for DeepSpeed."""
+        """A module whose `forward(batch)` returns the loss and its parts as scalars, ready for DeepSpeed.
+
+        `batch` is what the loader gives with `progress`, the share of all steps that are done.
+        """
         ...
 
     def dry_pass(self, *, recompute: bool) -> Tensor:
@@ -39,6 +51,16 @@ class Task(Protocol):
 
         Returns:
             A scalar whose `backward` is the network's backward.
+        """
+        ...
+
+    def method(self, state: dict[str, Tensor], expression_kind: str, device: str) -> Method:
+        """The method with these weights, ready to make avatars on `device`.
+
+        Args:
+            state: the whole module's float32 weights by name.
+            expression_kind: of the shards.
+            device: where avatars are made.
         """
         ...
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import socket
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from train.config import TrainConfig
 from train.endings import RunOver, SharedFailure
 
-__all__ = ["RunLog", "Tracker", "losses"]
+__all__ = ["RunLog", "Speed", "Tracker", "losses", "node_metrics"]
 
 
 class Tracker(Protocol):
@@ -24,9 +27,26 @@ class Tracker(Protocol):
         """Numbers of one step."""
         ...
 
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file."""
+        ...
+
     def end(self, status: str, reason: str) -> None:
         """The run's last status, from whatever thread."""
         ...
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the arithmetic of a step is compared with.
+
+    Attributes:
+        flops: of one example, forward and backward; 0 where nobody asks (only rank 0 tells).
+        peak: of all ranks together, a second.
+    """
+
+    flops: float = 0.0
+    peak: float = 0.0
 
 
 class RunLog:
@@ -41,6 +61,7 @@ class RunLog:
         self._steps = 0
         self._first = 0
         self._every = 1
+        self._speed = Speed()
         self._began = time.perf_counter()
 
     @property
@@ -48,11 +69,12 @@ class RunLog:
         """MLflow's id of the run, where it is tracked."""
         return self.tracker.run_id if self.tracker else None
 
-    def start(self, config: TrainConfig, *, resumed_at: int) -> None:
+    def start(self, config: TrainConfig, *, resumed_at: int, speed: Speed) -> None:
         """Told once, before the first step."""
         self._steps, self._first, self._every = config.steps, resumed_at, config.log_every
+        self._speed = speed
         self._began = time.perf_counter()
-        self._write({"event": "start", "step": resumed_at, "recipe": config.recipe})
+        self._write({"event": "start", "at_step": resumed_at, "recipe": config.recipe, **asdict(speed)})
 
     def say(self, text: str) -> None:
         """A sentence for whoever watches."""
@@ -84,37 +106,82 @@ class RunLog:
         )
 
     def step(
-        self, step: int, means: dict[str, float], *, lr: float, seconds: float, waited: float, examples: int
+        self, step: int, means: dict[str, float], lr: float, seconds: float, waited: float, examples: int
     ) -> None:
-        """One optimiser step.
+        """One optimiser step: a JSON line of every rank, a line on the terminal now and then.
 
         Args:
             step: steps taken so far, this one included.
-            means: loss and parts, averaged over the ranks.
+            means: loss and parts, averaged over the ranks, and the gradient's norm.
             lr: learning rate of the step.
-            seconds: wall time of the step.
-            waited: seconds of it that the data took.
+            seconds: wall time of the step on this rank.
+            waited: seconds of it that this rank waited for data.
             examples: examples of the step over all ranks.
         """
-        numbers = {**means, "lr": lr, "step_seconds": seconds, "data_wait_seconds": waited}
-        self._write({"step": step, **numbers})
+        rest = (time.perf_counter() - self._began) / (step - self._first) * (self._steps - step)
+        numbers = {
+            **means,
+            "lr": lr,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "data_wait_percent": 100 * waited / seconds,
+            "examples_per_second": examples / seconds,
+            "memory_gib": memory_gib(),
+        }
+        if self._speed.flops:
+            rate = self._speed.flops * examples / seconds
+            numbers |= {"tflops": rate / 1e12, "percent_of_peak": 100 * rate / self._speed.peak}
+        self._write({"step": step, "percent": 100 * step / self._steps, **numbers, "eta_seconds": rest})
         if self.rank != 0:
             return
         if self.tracker is not None:
             self.tracker.log_metrics({f"train/{name}": value for name, value in numbers.items()}, step)
         if step % self._every == 0 or step in (self._first + 1, self._steps):
-            self.say(self._line(step, means, lr, seconds, waited, examples))
+            self.say(self._line(step, means, numbers, rest))
 
-    def _line(
-        self, step: int, means: dict[str, float], lr: float, seconds: float, waited: float, examples: int
-    ) -> str:
-        rest = (time.perf_counter() - self._began) / (step - self._first) * (self._steps - step)
+    def _line(self, step: int, means: dict[str, float], numbers: dict[str, float], rest: float) -> str:
         parts = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "loss")
-        return (
-            f"step {step:>6}/{self._steps}  {step / self._steps:4.0%}  loss {means['loss']:.4f}  {parts}  lr {lr:.2e}  "
-            f"{seconds * 1000:.0f} ms  data {waited / seconds:.0%}  {examples / seconds:.2f} examples/s  "
-            f"eta {int(rest // 60)}:{int(rest % 60):02d}"
+        speed = (
+            f"{numbers['tflops']:.3g} TFLOP/s ({numbers['percent_of_peak']:.0f}% of peak)  "
+            if "tflops" in numbers
+            else ""
         )
+        return (
+            f"step {step:>6}/{self._steps}  {step / self._steps:4.0%}  loss {means['loss']:.4f}  {parts}  "
+            f"lr {numbers['lr']:.2e}  {numbers['step_seconds'] * 1000:.0f} ms  "
+            f"data {numbers['data_wait_percent']:.0f}%  {numbers['examples_per_second']:.2f} examples/s  "
+            f"{speed}{numbers['memory_gib']:.2f} GiB  eta {int(rest // 60)}:{int(rest % 60):02d}"
+        )
+
+    def validation(
+        self, step: int, means: dict[str, float], protocol: str, seconds: float, pictures: list[Path]
+    ) -> None:
+        """The evaluation of a step.
+
+        Args:
+            step: steps taken so far.
+            means: over the people, by metric.
+            protocol: its id.
+            seconds: what it took.
+            pictures: prediction beside target, a file a person.
+        """
+        self.event("validation", at_step=step, protocol=protocol, seconds=seconds, **means)
+        if self.rank != 0:
+            return
+        told = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.say(f"step {step}: validation {protocol}  {told}  ({seconds:.0f} s)")
+        if self.tracker is not None:
+            self.tracker.log_metrics({f"validation/{name}": value for name, value in means.items()}, step)
+            for picture in pictures:
+                self.tracker.log_artifact(picture, f"validation/step-{step:08d}/{picture.parent.name}")
+
+    def nodes(self, step: int, reports: list[dict[str, float | str]]) -> None:
+        """What each node is busy with, for rank 0's tracker."""
+        if self.tracker is not None:
+            for report in reports:
+                node = str(report["node"])
+                values = {f"system/{node}/{k}": v for k, v in report.items() if isinstance(v, float)}
+                self.tracker.log_metrics(values, step)
 
     def _write(self, values: dict[str, object]) -> None:
         # A line at a time and flushed: a killed run keeps all that it said.
@@ -125,6 +192,34 @@ class RunLog:
         """Ends the file."""
         self._file.close()
         sys.stdout.flush()
+
+
+def memory_gib() -> float:
+    """Most memory that this process has held so far: of its GPU where it has one, else of the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux tells KiB
+
+
+def node_metrics() -> dict[str, float | str]:
+    """What this host is busy with since the last call: processor, memory, network, and the GPU's memory."""
+    import psutil
+    import torch
+
+    sent = psutil.net_io_counters()
+    values: dict[str, float | str] = {
+        "node": socket.gethostname(),
+        "cpu_percent": float(psutil.cpu_percent()),
+        "memory_percent": float(psutil.virtual_memory().percent),
+        "network_sent_gib": sent.bytes_sent / 2**30,
+        "network_received_gib": sent.bytes_recv / 2**30,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        values["gpu_memory_percent"] = 100 * (1 - free / total)
+    return values
 
 
 def losses(run: Path, rank: int = 0) -> list[float]:

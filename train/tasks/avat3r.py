@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avatars.avat3r import Avat3r, Avat3rConfig, Views
+from avatars.avat3r import Avat3r, Avat3rConfig, Avat3rMethod, Views
 from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.rasterize import rasterize
 from shards import Manifest
 from train.config import LossConfig, TrainConfig
+from train.fits.perceptual import load_lpips
 from train.losses import picture_loss
 from train.task import Batch
 
@@ -42,6 +43,9 @@ class Avat3rWithLoss(nn.Module):
         super().__init__()
         self.model = Avat3r(config)
         self.loss = loss
+        # Frozen, and no part of the module: neither trained, spread, saved nor exported.
+        network = load_lpips()[0] if loss.lpips else None
+        self._lpips = [network] if network is not None else []
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Renders every example's target views and compares.
@@ -59,7 +63,13 @@ class Avat3rWithLoss(nn.Module):
         for index in range(targets.shape[0]):
             cameras = Cameras(batch["target_K"][index], batch["target_world_to_camera"][index])
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
-        loss, parts = picture_loss(torch.cat(pictures), targets.flatten(0, 1), self.loss)
+        predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
+        loss, parts = picture_loss(predictions, wanted, self.loss)
+        if self._lpips and batch.get("progress", 1.0) >= self.loss.lpips_start:
+            network = self._lpips[0].to(predictions.device)
+            distance = network(predictions * 2 - 1, wanted * 2 - 1).mean()
+            loss = loss + self.loss.lpips * distance
+            parts["lpips"] = distance.detach()
         parts["gaussians"] = maps.anchors.keep.float().sum() / targets.shape[0]
         return loss, parts
 
@@ -103,9 +113,27 @@ class Avat3rTask:
                 f"to {priors.feature_dim}."
             )
 
+    def check_weights(self) -> None:
+        """LPIPS sets in late, and its weights must be there from the start.
+
+        Raises:
+            UserError: they are not.
+        """
+        if self.loss.lpips and load_lpips()[0] is None:
+            raise UserError(
+                f"--loss.lpips {self.loss.lpips} needs weights at {self.loss.lpips_start:.0%} of the steps: "
+                f"{load_lpips()[1]} Bring them now, or take --loss.lpips 0."
+            )
+
     def build(self) -> nn.Module:
         """The network with its loss."""
         return Avat3rWithLoss(self.config, self.loss)
+
+    def method(self, state: dict[str, Tensor], expression_kind: str, device: str) -> Avat3rMethod:
+        """The network alone, in float32."""
+        module = Avat3rWithLoss(self.config, self.loss)
+        module.load_state_dict(state)
+        return Avat3rMethod(module.model.to(device), expression_kind)
 
     def dry_pass(self, *, recompute: bool) -> Tensor:
         """The network on four pictures of one person, on the meta device."""
