@@ -241,6 +241,25 @@ def test_one_thread_equals_two_and_five_bit_for_bit(mode):
             assert torch.equal(v_first[name], gradients[name]), name
 
 
+@pytest.mark.parametrize("mode", ["classic", "antialiased"])
+def test_without_gradients_the_picture_is_the_same_bit_for_bit(mode):
+    g, cameras, size = shell(3000, sh=4), orbit(2, (90, 75)), (90, 75)
+    background = torch.tensor([0.3, 0.6, 0.1])
+    expected = draw(rasterize_cpu, g, cameras, size, background, mode)[0]
+    means = g.means.clone().requires_grad_()
+    with torch.no_grad():
+        quiet = rasterize_cpu(replace(g, means=means), cameras, size, background, mode)
+    for rendering in (quiet, rasterize_cpu(g, cameras, size, background, mode)):
+        assert not rendering.image.requires_grad
+        for name in ("image", "alpha", "depth", "radii"):
+            assert torch.equal(getattr(rendering, name), getattr(expected, name)), name
+
+
+def test_more_gaussians_in_a_tile_than_one_batch_stop_where_the_reference_stops():
+    g = shell(1500, spread=0.02)
+    compare(replace(g, means=g.means * 0.3, opacities=g.opacities * 0.2 + 0.01), orbit(1, SIZE))
+
+
 def test_gradients_of_one_output_alone():
     g, cameras = shell(300), orbit(1, SIZE)
     zeros = [torch.zeros(1, k, *SIZE) for k in (3, 1, 1)]

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from avatars.rasterize import build, rasterize
-from tests.rasterize_scenes import orbit, shell
+from avatars.rasterize.cpu import rasterize_cpu
+from avatars.rasterize.reference import rasterize_reference
+from tests.rasterize_scenes import assert_gradients_close, assert_pictures_close, draw, orbit, shell
 
 dispatch = importlib.import_module(
     "avatars.rasterize"
@@ -135,6 +137,21 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("HEADSPLAT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build.cache_folder() == tmp_path / "headsplat" / "kernels"
+
+
+def test_kernels_for_any_processor_agree_with_the_reference(no_library):
+    no_library.setattr(build, "FLAGS", [*build.FLAGS, "-DHEADSPLAT_GENERIC"])
+    assert build.load_library().headsplat_vector_width() == 8
+    g, cameras, size, background = (
+        shell(500, sh=4),
+        orbit(2, (53, 70)),
+        (53, 70),
+        torch.tensor([0.9, 0.2, 0.5]),
+    )
+    actual, v_actual = draw(rasterize_cpu, g, cameras, size, background)
+    expected, v_expected = draw(rasterize_reference, g, cameras, size, background, dtype=torch.float64)
+    assert_pictures_close(actual, expected)
+    assert_gradients_close(v_actual, v_expected)
 
 
 def test_a_forked_process_can_draw():

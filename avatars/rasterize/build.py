@@ -20,7 +20,7 @@ from typing import Any
 
 __all__ = ["BuildError", "build", "cache_folder", "load_library"]
 
-SOURCES = [Path(__file__).parent / name for name in ("kernels.cpp", "simd.h")]
+SOURCES = [Path(__file__).parent / "kernels.cpp", *sorted(Path(__file__).parent.glob("*.h"))]
 FLAGS = [
     *("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),

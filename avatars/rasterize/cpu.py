@@ -34,7 +34,7 @@ def rasterize_cpu(
     """Pictures of Gaussians; the same arguments and result as `avatars.rasterize.rasterize`.
 
     Computes in float32 on `torch.get_num_threads()` threads; the result does not depend on their number.
-    Cameras get no gradient.
+    Cameras get no gradient. Where nothing asks for one (`torch.no_grad`), nothing is done or kept for a backward.
 
     Raises:
         UserError: a value that cannot be drawn; names the field.
@@ -43,7 +43,10 @@ def rasterize_cpu(
     if background is not None:
         background = _plain(background.expand(len(cameras), 3))
     fields = [_plain(getattr(gaussians, name)) for name in _FIELDS]
-    return Rendering(*_Rasterize.apply(*fields, background, cameras, size, mode))
+    inputs = (*fields, background)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return Rendering(*_forward(fields, background, cameras, size, mode, None))
+    return Rendering(*_Rasterize.apply(*inputs, cameras, size, mode))
 
 
 def count_work(
@@ -59,8 +62,8 @@ def count_work(
         vector_width: pixels that are computed at once.
     """
     with torch.no_grad():
-        fields = [_plain(getattr(gaussians, name)) for name in _FIELDS]
-        *_, lists = _forward(fields, None, cameras, size, mode)
+        fields, lists = [_plain(getattr(gaussians, name)) for name in _FIELDS], _Lists()
+        _forward(fields, None, cameras, size, mode, lists)
     counts = (ctypes.c_int64 * 5)()
     kernels = load_library()
     kernels.headsplat_count(lists.pointer, ctypes.addressof(counts))
@@ -69,11 +72,16 @@ def count_work(
 
 
 class _Lists:
-    """Owner of the kernels' lists between a forward and its backward."""
+    """Owner of the kernels' lists between a forward, which fills `pointer`, and its backward."""
 
-    def __init__(self, pointer: ctypes.c_void_p) -> None:
-        self.pointer = pointer
-        weakref.finalize(self, load_library().headsplat_release, pointer)
+    def __init__(self) -> None:
+        self.pointer = ctypes.c_void_p()
+        weakref.finalize(self, _release, self.pointer)
+
+
+def _release(pointer: ctypes.c_void_p) -> None:
+    if pointer:
+        load_library().headsplat_release(pointer)
 
 
 class _Rasterize(torch.autograd.Function):
@@ -91,10 +99,10 @@ class _Rasterize(torch.autograd.Function):
         mode: Mode,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         fields = [means, quats, scales, opacities, colors]
-        image, alpha, depth, radii, lists = _forward(fields, background, cameras, size, mode)
+        ctx.lists = _Lists()
+        image, alpha, depth, radii = _forward(fields, background, cameras, size, mode, ctx.lists)
         ctx.mark_non_differentiable(radii)
         ctx.set_materialize_grads(False)
-        ctx.lists = lists
         ctx.save_for_backward(*fields, background)
         return image, alpha, depth, radii
 
@@ -126,9 +134,14 @@ class _Rasterize(torch.autograd.Function):
 
 
 def _forward(
-    fields: list[Tensor], background: Tensor | None, cameras: Cameras, size: tuple[int, int], mode: Mode
-) -> tuple[Tensor, Tensor, Tensor, Tensor, _Lists]:
-    """Image, alpha, depth, radii and the lists for the backward. `fields` are those of `Gaussians`, plain."""
+    fields: list[Tensor],
+    background: Tensor | None,
+    cameras: Cameras,
+    size: tuple[int, int],
+    mode: Mode,
+    lists: _Lists | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image, alpha, depth and radii; with `lists`, what a backward needs. `fields` are those of `Gaussians`, plain."""
     if background is not None and not bool(background.isfinite().all()):
         check_values(Gaussians(*fields), background)
     means, *_, colors = fields
@@ -142,7 +155,6 @@ def _forward(
     alpha, depth = torch.empty(count, 1, height, width), torch.empty(count, 1, height, width)
     radii = torch.empty(count, n, 2, dtype=torch.int32)
     kernels = load_library()
-    pointer = ctypes.c_void_p()
     error = kernels.headsplat_forward(
         count,
         n,
@@ -153,13 +165,13 @@ def _forward(
         torch.get_num_threads(),
         *map(_address, (*fields, K, pose, centers, background)),
         *map(_address, (image, alpha, depth, radii)),
-        ctypes.addressof(pointer),
+        None if lists is None else ctypes.addressof(lists.pointer),
     )
     if error > 0:
         raise value_error((error & -error).bit_length() - 1)
     if error:
         raise UserError(_ERRORS[error])
-    return image, alpha, depth, radii, _Lists(pointer)
+    return image, alpha, depth, radii
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -149,4 +149,28 @@ inline void sum_lanes(const F (&v)[10], float* total) {
 
 #endif
 
+#ifdef HEADSPLAT_AVX512
+
+// Writes base + lane for the lanes of `masks` in which `bit` is set, and returns their number. Up to V elements
+// past the end may be overwritten.
+inline int append_set(I masks, uint32_t bit, int base, int32_t* target) {
+    const __mmask16 set = _mm512_test_epi32_mask((__m512i)masks, _mm512_set1_epi32(static_cast<int>(bit)));
+    const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    store(target, (I)_mm512_maskz_compress_epi32(set, (__m512i)(lanes + base)));
+    return __builtin_popcount(set);
+}
+
+#else
+
+inline int append_set(I masks, uint32_t bit, int base, int32_t* target) {
+    int count = 0;
+    for (int lane = 0; lane < V; ++lane) {
+        target[count] = base + lane;
+        count += (static_cast<uint32_t>(masks[lane]) & bit) != 0;
+    }
+    return count;
+}
+
+#endif
+
 }  // namespace simd
