@@ -3,9 +3,9 @@
 from eval import metrics
 from eval.evaluate import Made, evaluate
 from eval.protocol import Protocol
-from eval.report import table
 from eval.rows import Row, read_rows
 from eval.sheets import comparison_sheet, contact_sheet
+from eval.tables import table
 from eval.validate import Validation, validation
 
 __all__ = [

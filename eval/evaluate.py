@@ -20,6 +20,7 @@ from avatars.method import Avatar, render
 from avatars.rasterize import Rendering
 from eval.meter import Meter, Score
 from eval.metrics import Pictures
+from eval.movies import write_turntable
 from eval.protocol import (
     Protocol,
     choose_timesteps,
@@ -29,7 +30,7 @@ from eval.protocol import (
     write_protocol,
 )
 from eval.provenance import hardware, versions
-from eval.rows import Row, protocol_folder, row_folder, write_row
+from eval.rows import TURNTABLE, Row, protocol_folder, row_folder, write_row
 from eval.sheets import SheetColumn, contact_sheet, save_picture
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def evaluate(
         row = _row(measured, method, checkpoint, subject, protocol, meter)
         folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
         _save_pictures(folder, row, measured.inputs, measured.columns)
+        if not isinstance(measured.made.avatar, Driven):
+            write_turntable(measured.made.avatar, measured.expression, folder / TURNTABLE)
         write_row(row, out)
         rows.append(row)
         if progress is not None:

@@ -10,20 +10,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.files import write_whole
-from avatars.method import Avatar
+from avatars.method import Avatar, render
 from avatars.rasterize import rasterize
 
-__all__ = ["frames", "portrait_cameras", "write_video"]
+__all__ = ["frames", "portrait_cameras", "write_turntable", "write_video"]
 
 DISTANCE = 1.1  # metres from the head's middle, as a capture dome's cameras stand
 EXTENT = 0.31  # metres that a picture spans at the head: hair and neck included
 TARGET = (0.0, -0.01, 0.0)
 AT_ONCE = 8  # expressions in one pass of a network: enough to fill a device, little enough to stay in memory
+TURN_FRAMES, TURN_SIZE, TURN_SWEEP, TURN_MS = (
+    24,
+    160,
+    60.0,
+    83,
+)  # pictures, pixels, degrees, milliseconds each
 
 
 def portrait_cameras(count: int, size: int, sweep: float = 0.0) -> Cameras:
@@ -61,6 +68,24 @@ def frames(
             camera = cameras[start + offset].to(device=gaussians.means.device)
             image = rasterize(gaussians, camera, (size, size), background).image[0]
             yield (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+@torch.no_grad()
+def write_turntable(avatar: Avatar, expression: Tensor, path: Path) -> None:
+    """Writes an animated WebP of one face seen from a camera that swings around it, without an end.
+
+    Args:
+        avatar: whom to show.
+        expression: (E,) its face.
+        path: the file.
+    """
+    cameras = portrait_cameras(TURN_FRAMES, TURN_SIZE, TURN_SWEEP).to(device=expression.device)
+    images = render(avatar, expression, cameras, (TURN_SIZE, TURN_SIZE)).image  # (C, 3, H, W)
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    first, *others = (Image.fromarray(picture) for picture in pixels)
+    content = io.BytesIO()
+    first.save(content, "WEBP", save_all=True, append_images=others, duration=TURN_MS, loop=0, quality=80)
+    write_whole(path, content.getvalue())
 
 
 def write_video(pictures: Iterable[NDArray[np.uint8]], path: str | Path, fps: int) -> int:

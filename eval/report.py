@@ -1,80 +1,57 @@
-"""Tables and a page that compare methods; rows of different protocols never share a table."""
+"""One page that compares methods: means with intervals, pictures, speed and quality, failures, published numbers."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from PIL import Image
 
 from avatars.errors import UserError
 from avatars.files import write_whole
+from eval.compare import FEWEST, Difference
+from eval.failures import Failure, read_failures
 from eval.metrics import DEFINITIONS
-from eval.rows import Row, check_one_protocol, mean_values, row_folder
+from eval.published import PublishedTable, published
+from eval.rows import TURNTABLE, Row, row_folder
 from eval.sheets import comparison_sheet
+from eval.tables import (
+    Comparison,
+    by_protocol,
+    compared,
+    decimals,
+    heading,
+    markdown,
+    mean_cell,
+    rounded,
+    table,
+)
 
-__all__ = ["by_protocol", "table", "write_report"]
+__all__ = ["write_report"]
 
-IN_MASK = ("psnr_masked", "ssim_masked")
-DECIMALS = {"psnr": 2, "psnr_masked": 2, "akd": 2}
-
-
-def table(rows: Sequence[Row], *, full: bool = False) -> str:
-    """A Markdown table, one line a method and checkpoint, best PSNR first, with notes on what has no number.
-
-    A metric's mean runs over the subjects and stands only where every subject has a number; seconds to
-    create and pictures a second are medians over subjects.
-
-    Args:
-        rows: rows of one protocol.
-        full: also the metrics inside the mask.
-
-    Raises:
-        UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
-    """
-    rows = list(rows)
-    check_one_protocol(rows)
-    runs = _runs(rows)
-    keys = [
-        key for key in _keys(rows) if (full or key not in IN_MASK) and any(key in row.values for row in rows)
-    ]
-    lines = [["method", *(_heading(key) for key in keys), "seconds to create", "frames a second"]]
-    for (method, checkpoint), mine in runs.items():
-        name = method if sum(other == method for other, _ in runs) == 1 else f"{method} {checkpoint}"
-        cells = [name]
-        for key in keys:
-            mean = mean_values(mine, key)
-            cells.append("n/a" if mean is None else f"{mean:.{DECIMALS.get(key, 3)}f}")
-        cells.append(_rounded(statistics.median(row.create_seconds for row in mine)))
-        cells.append(_rounded(statistics.median(row.drive_fps for row in mine)))
-        lines.append(cells)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [_line(lines[0], widths), "| " + " | ".join(_rule(i, w) for i, w in enumerate(widths)) + " |"]
-    text += [_line(line, widths) for line in lines[1:]]
-    return "\n".join([*text, "", *_notes(rows, runs)])
-
-
-def by_protocol(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by "<protocol> <id>", in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(f"{row.protocol} {row.protocol_id}", []).append(row)
-    return groups
+SIDE_BY_SIDE = 4
+"""Subjects that are shown side by side over all methods."""
+RUNS_WITH_PICTURES = 8
+"""Runs, the best first, whose best and worst subject are shown: a page of hundreds of checkpoints must still open."""
+SHEETS = 48
+"""Contact sheets that a section carries; the others are told and lie beside their rows."""
+TURNTABLES = 16
 
 
 def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
     """Writes `report.html` (one file with everything in it), `report.md` and `comparison-<id>.png`.
 
-    A section a protocol: the table, the methods side by side on the same targets, and every subject's contact
-    sheets behind a fold.
+    A section a protocol, then the failures, then what papers print, in tables of their own.
 
     Args:
         rows: rows of any number of protocols.
-        results: the folder that holds the rows' pictures.
+        results: the folder that holds the rows' pictures and the list of failures.
         folder: where the page goes.
 
     Returns:
@@ -87,160 +64,330 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
     if not groups:
         raise UserError("There are no result rows to report. Run `headsplat eval` first.")
     folder.mkdir(parents=True, exist_ok=True)
-    markdown = ["# headsplat: comparison", ""]
-    body = []
+    failures = read_failures(results)
+    text = ["# headsplat: comparison", ""]
+    links = "".join(
+        f"<a href='#{mine[0].protocol_id}'>{html.escape(name)}</a>" for name, mine in groups.items()
+    )
+    body = [f"<nav>{links}<a href='#failures'>failures</a><a href='#published'>published numbers</a></nav>"]
     for name, mine in groups.items():
-        compared = table(mine, full=True)
-        best_first = [row for run in _runs(mine).values() for row in run]
-        subjects = len({row.subject for row in mine})
-        sheet = comparison_sheet(best_first, results, pictures=max(1, 4 // subjects))
+        comparison = compared(mine)
+        best_first = [row for run in comparison.runs for row in run.rows]
+        subjects = len(comparison.runs[0].rows)
+        sheet = comparison_sheet(
+            best_first,
+            results,
+            subjects=SIDE_BY_SIDE,
+            pictures=max(1, SIDE_BY_SIDE // subjects),
+        )
         picture = folder / f"comparison-{mine[0].protocol_id}.png"
         sheet.save(picture)
-        markdown += [f"## {name}", "", compared, "", f"![methods side by side]({picture.name})", ""]
-        body.append(_section(name, mine, compared, sheet, results))
-    write_whole(folder / "report.md", "\n".join(markdown))
+        text += [f"## {name}", "", table(mine, full=True), ""]
+        text += _differences_text(comparison)
+        text += [f"![methods side by side]({picture.name})", ""]
+        body.append(_section(name, comparison, sheet, results))
+    text += _failures_text(failures) + _published_text(published())
+    write_whole(folder / "report.md", "\n".join(text))
+    body += [_failures(failures), _published(published())]
+    body.append(f"<p class='note'>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>")
     page = folder / "report.html"
-    write_whole(page, PAGE.replace("{{body}}", "\n".join(body)))
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    write_whole(page, template.replace("{{body}}", "\n".join(body)))
     return page
 
 
-def _runs(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by method and checkpoint, best mean PSNR first.
-
-    Raises:
-        UserError: one run was measured on other subjects than another.
-    """
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        runs.setdefault((row.method, row.checkpoint), []).append(row)
-    everyone = {row.subject for row in rows}
-    for (method, checkpoint), mine in runs.items():
-        measured = [row.subject for row in mine]
-        if sorted(measured) != sorted(everyone):
-            absent = ", ".join(sorted(everyone - set(measured))) or "none, but some are there twice"
-            raise UserError(
-                f"{method} {checkpoint} was measured on {len(measured)} rows for {len(everyone)} subjects "
-                f"(missing: {absent}), so its means do not compare. Evaluate it on all subjects."
-            )
-    return dict(sorted(runs.items(), key=lambda run: -(mean_values(run[1], "psnr") or -1.0)))
-
-
-def _notes(rows: list[Row], runs: dict[tuple[str, str], list[Row]]) -> list[str]:
-    subjects = len({row.subject for row in rows})
-    pictures = sum(row.counts["pictures"] for row in next(iter(runs.values())))
-    notes = [f"{rows[0].protocol} {rows[0].protocol_id}: {subjects} subjects, {pictures} pictures a method."]
-    machines = sorted({f"{row.hardware}, {row.threads} threads" for row in rows})
-    notes.append(f"Timed on {'; '.join(machines)}.")
-    for key in _keys(rows):
-        name = DEFINITIONS[key].label if key in DEFINITIONS else key
-        reasons = sorted({row.missing[key] for row in rows if key in row.missing})
-        if reasons:
-            notes.append(f"{name}: {'; '.join(reasons)}.")
-        dropped = {
-            method: sum(row.counts.get(f"{key}_left_out", 0) for row in mine)
-            for (method, _), mine in runs.items()
-        }
-        if any(dropped.values()) and any(key in row.values for row in rows):
-            told = ", ".join(f"{method} {count}" for method, count in dropped.items())
-            notes.append(f"{name}: pictures left out, of {pictures}: {told}.")
-    return notes
-
-
-def _keys(rows: list[Row]) -> list[str]:
-    """Metrics that rows have or miss, in the order of `DEFINITIONS`, unknown ones last."""
-    found = dict.fromkeys(key for row in rows for key in (*row.values, *row.missing))
-    return [key for key in DEFINITIONS if key in found] + [key for key in found if key not in DEFINITIONS]
-
-
-def _heading(key: str) -> str:
-    if key not in DEFINITIONS:
-        return key
-    metric = DEFINITIONS[key]
-    unit = f" [{metric.unit}]" if metric.unit else ""
-    return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}{unit}"
-
-
-def _rounded(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    padded = [
-        cells[0].ljust(widths[0]),
-        *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True)),
+def _section(name: str, comparison: Comparison, sheet: Image.Image, results: Path) -> str:
+    """Everything about one protocol."""
+    alt = html.escape(f"methods side by side under {name}")
+    parts = [
+        f"<section id='{html.escape(comparison.runs[0].rows[0].protocol_id)}'><h2>{html.escape(name)}</h2>",
+        _means(comparison),
+        "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes) + "</ul>",
+        _differences(comparison),
+        f"<h3>On the same targets</h3><img alt='{alt}' src='{_jpeg(sheet)}'>",
+        _speed_and_quality(comparison),
+        _best_and_worst(comparison, results),
+        _turntables(comparison, results),
+        _sheets(comparison, results),
+        "</section>",
     ]
-    return "| " + " | ".join(padded) + " |"
+    return "\n".join(part for part in parts if part)
 
 
-def _rule(column: int, width: int) -> str:
-    return "-" * width if column == 0 else "-" * (width - 1) + ":"
-
-
-def _section(name: str, rows: list[Row], compared: str, sheet: Image.Image, results: Path) -> str:
-    lines = compared.splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    notes = [line for line in lines if line and not line.startswith("|")]
-    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in cells[0])
-    content = "".join(
-        "<tr>"
-        + "".join(
-            f"<{t}>{html.escape(cell)}</{t.split()[0]}>" for t, cell in zip(_tags(line), line, strict=True)
-        )
-        + "</tr>"
-        for line in cells[2:]
+def _means(comparison: Comparison) -> str:
+    """The table: means over subjects with their intervals, the best of each column in bold."""
+    columns = {key: [run.values(key) for run in comparison.runs] for key in comparison.keys}
+    best = {key: _best(key, values) for key, values in columns.items()}
+    lines = []
+    for number, run in enumerate(comparison.runs):
+        cells = []
+        for key in comparison.keys:
+            mark = " class='best'" if number == best[key] else ""
+            cell = _two_lines(mean_cell(key, columns[key][number], with_interval=True))
+            cells.append(f"<td{mark}>{cell}</td>")
+        cells += [f"<td>{rounded(run.create_seconds)}</td>", f"<td>{rounded(run.drive_fps)}</td>"]
+        lines.append(f"<tr><th scope='row'>{html.escape(run.name)}</th>{''.join(cells)}</tr>")
+    heads = ["method", *map(heading, comparison.keys), "seconds to create", "frames a second"]
+    told = (
+        "Means over subjects; below them 95 % intervals, from resampling subjects."
+        if len(comparison.runs[0].rows) >= FEWEST
+        else f"Means over subjects; fewer than {FEWEST} subjects carry no interval."
     )
+    return _table(heads, lines, "means") + f"<p class='note'>{told}</p>"
+
+
+def _two_lines(cell: str) -> str:
+    """A number with its interval below it."""
+    number, _, limits = cell.partition(" (")
+    return html.escape(number) + (f"<small>{html.escape(limits.rstrip(')'))}</small>" if limits else "")
+
+
+def _best(key: str, columns: list[list[float] | None]) -> int | None:
+    """Which run has the best mean of a metric whose better direction is known."""
+    means = {i: statistics.fmean(values) for i, values in enumerate(columns) if values is not None}
+    if key not in DEFINITIONS or len(means) < 2:
+        return None
+    sign = 1 if DEFINITIONS[key].higher_is_better else -1
+    return max(means, key=lambda i: sign * means[i])
+
+
+def _table(heads: Iterable[str], lines: Iterable[str], what: str) -> str:
+    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in heads)
+    return (
+        f"<div class='wide' tabindex='0' role='region' aria-label='{html.escape(what)}'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _difference_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the table of paired differences from the first run."""
+    keys = [key for key in comparison.keys if comparison.differences(key)]
+    found = {key: comparison.differences(key) for key in keys}
+    lines = []
+    for run in comparison.runs[1:]:
+        lines.append(
+            [run.name, *(_difference(key, found[key].get(run.name)) for key in keys)],
+        )
+    return ["method", *map(heading, keys)], lines
+
+
+def _difference(key: str, difference: Difference | None) -> str:
+    """Mean, p and interval, for example "-1.55, p 0.008 (-1.93 to -1.19)"."""
+    if difference is None:
+        return "n/a"
+    digits = decimals(key)
+    limits = ""
+    if difference.low is not None and difference.high is not None:
+        limits = f" ({difference.low:+.{digits}f} to {difference.high:+.{digits}f})"
+    return f"{difference.mean:+.{digits}f}, p {_p(difference.p)}{limits}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _differences_told(comparison: Comparison) -> str:
+    subjects = len(comparison.runs[0].rows)
+    return (
+        f"Differences from {comparison.runs[0].name}, subject by subject, with 95 % intervals and the two-sided p of "
+        f"the paired sign-flip test. With {subjects} subjects no p can be below {_p(2 / 2 ** min(subjects, 60))}; "
+        "the p are not corrected for the number of comparisons."
+    )
+
+
+def _differences(comparison: Comparison) -> str:
+    heads, lines = _difference_cells(comparison)
+    if not lines or len(heads) == 1:
+        return ""
+    rows = (
+        f"<tr><th scope='row'>{html.escape(line[0])}</th>"
+        + "".join(f"<td>{_two_lines(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in lines
+    )
+    told = html.escape(_differences_told(comparison))
+    return f"<h3>Differences</h3>{_table(heads, rows, 'differences')}<p class='note'>{told}</p>"
+
+
+def _differences_text(comparison: Comparison) -> list[str]:
+    heads, lines = _difference_cells(comparison)
+    return (
+        [markdown([heads, *lines]), "", _differences_told(comparison), ""] if lines and len(heads) > 1 else []
+    )
+
+
+def _speed_and_quality(comparison: Comparison) -> str:
+    """A drawing of frames a second (logarithmic) against mean PSNR, a dot a run."""
+    dots = [
+        (run.name, run.drive_fps, statistics.fmean(values))
+        for run in comparison.runs
+        if (values := run.values("psnr")) is not None
+    ]
+    if len(dots) < 2:
+        return ""
+    width, height, left, bottom = 640, 320, 56, 40
+    decades = [math.log10(fps) for _, fps, _ in dots]
+    x_low, x_high = math.floor(min(decades)), max(math.ceil(max(decades)), math.floor(min(decades)) + 1)
+    psnrs = [psnr for *_, psnr in dots]
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20) if (max(psnrs) - min(psnrs)) / s <= 6)
+    y_low = math.floor(min(psnrs) / step) * step
+    y_high = max(math.ceil(max(psnrs) / step) * step, y_low + step)
+
+    def x(fps: float) -> float:
+        return left + (math.log10(fps) - x_low) / (x_high - x_low) * (width - left - 130)
+
+    def y(psnr: float) -> float:
+        return height - bottom - (psnr - y_low) / (y_high - y_low) * (height - bottom - 20)
+
+    drawn = []
+    for tick in range(x_low, x_high + 1):
+        at = x(10.0**tick)
+        drawn.append(f"<line x1='{at:.1f}' y1='20' x2='{at:.1f}' y2='{height - bottom}'/>")
+        drawn.append(f"<text x='{at:.1f}' y='{height - 22}' text-anchor='middle'>{10.0**tick:g}</text>")
+    for count in range(round((y_high - y_low) / step) + 1):
+        value = y_low + count * step
+        drawn.append(f"<line x1='{left}' y1='{y(value):.1f}' x2='{width - 130}' y2='{y(value):.1f}'/>")
+        drawn.append(f"<text x='{left - 8}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:g}</text>")
+    taken: list[tuple[float, float]] = []
+    for name, fps, psnr in dots:
+        label = y(psnr) + 4
+        while any(abs(label - other) < 14 and abs(x(fps) - at) < 120 for at, other in taken):
+            label += 14  # below the label that would be covered
+        taken.append((x(fps), label))
+        drawn.append(f"<circle cx='{x(fps):.1f}' cy='{y(psnr):.1f}' r='5'/>")
+        drawn.append(f"<text x='{x(fps) + 9:.1f}' y='{label:.1f}'>{html.escape(name)}</text>")
+    drawn.append(
+        f"<text x='{(left + width - 130) / 2}' y='{height - 4}' text-anchor='middle'>frames a second</text>"
+    )
+    drawn.append("<text x='4' y='12'>PSNR [dB]</text>")
+    told = html.escape(
+        "; ".join(f"{name}: {rounded(fps)} frames a second, {psnr:.2f} dB" for name, fps, psnr in dots)
+    )
+    return (
+        "<h3>Speed and quality</h3>"
+        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{told}'>{''.join(drawn)}</svg>"
+    )
+
+
+def _best_and_worst(comparison: Comparison, results: Path) -> str:
+    """Each run's best and worst subject by PSNR, as contact sheets."""
+    if len(comparison.runs[0].rows) < 2:
+        return ""
+    tiles = []
+    for run in comparison.runs[:RUNS_WITH_PICTURES]:
+        ranked = sorted((row for row in run.rows if "psnr" in row.values), key=lambda row: row.values["psnr"])
+        if len(ranked) < 2:
+            continue
+        for which, row in (("best", ranked[-1]), ("worst", ranked[0])):
+            caption = f"{run.name}, {which}: {row.subject}, {row.values['psnr']:.2f} dB"
+            tiles.append(
+                f"<figure><img loading='lazy' alt='{html.escape(caption)}' src='{_sheet(row, results)}'>"
+                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            )
+    return f"<h3>Best and worst subjects</h3><div class='tiles'>{''.join(tiles)}</div>" if tiles else ""
+
+
+def _turntables(comparison: Comparison, results: Path) -> str:
+    """Moving pictures, where the evaluation left some: subjects in turn over the runs."""
+    turns: list[str] = []
+    for rows in zip(*(run.rows for run in comparison.runs), strict=True):
+        for run, row in zip(comparison.runs, rows, strict=True):
+            path = _folder(row, results) / TURNTABLE
+            if path.is_file() and len(turns) < TURNTABLES:
+                caption = html.escape(f"{run.name}: {row.subject}")
+                data = base64.b64encode(path.read_bytes()).decode()
+                turns.append(
+                    f"<figure><img loading='lazy' alt='{caption}' src='data:image/webp;base64,{data}'>"
+                    f"<figcaption>{caption}</figcaption></figure>"
+                )
+    return f"<h3>Turntables</h3><div class='turns'>{''.join(turns)}</div>" if turns else ""
+
+
+def _sheets(comparison: Comparison, results: Path) -> str:
+    """Contact sheets behind folds, subjects in turn over the runs, as many as a page should carry."""
     folds = []
-    for row in rows:
-        path = row_folder(results, row.method, row.checkpoint, row.subject, row.protocol, row.protocol_id)
-        try:
-            with Image.open(path / "sheet.png") as image:
-                embedded = _embedded(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(
-                f"{path / 'sheet.png'} cannot be read ({error}). Evaluate {row.subject} again."
-            ) from error
-        title = html.escape(f"{row.method} {row.checkpoint} · {row.subject}")
+    pairs = [
+        (run, row)
+        for rows in zip(*(run.rows for run in comparison.runs), strict=True)
+        for run, row in zip(comparison.runs, rows, strict=True)
+    ]
+    for run, row in pairs[:SHEETS]:
+        title = html.escape(f"{run.method} {run.checkpoint} · {row.subject}")
         folds.append(
             f"<details><summary>{title}</summary>"
-            f"<img loading='lazy' alt='{title}' src='{embedded}'></details>"
+            f"<img loading='lazy' alt='{title}' src='{_sheet(row, results)}'></details>"
         )
-    alt = html.escape(f"methods side by side under {name}")
-    told = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return (
-        f"<section><h2>{html.escape(name)}</h2><div class='wide'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{content}</tbody></table></div><ul>{told}</ul>"
-        f"<img alt='{alt}' src='{_embedded(sheet)}'><h3>Contact sheets</h3>{''.join(folds)}</section>"
+    left = len(pairs) - len(folds)
+    more = f"<p class='note'>{left} more lie beside their rows as sheet.png.</p>" if left else ""
+    return f"<h3>Contact sheets</h3>{''.join(folds)}{more}"
+
+
+def _failures(failures: list[Failure]) -> str:
+    lines = (
+        f"<tr><th scope='row'>{html.escape(f.method)}</th><td>{html.escape(f.subject)}</td>"
+        f"<td style='text-align:left;white-space:normal'>{html.escape(f.reason)}</td></tr>"
+        for f in failures
     )
+    shown = _table(("method", "subject", "reason"), lines, "failures") if failures else "<p>None.</p>"
+    return f"<section id='failures'><h2>Failures</h2>{shown}</section>"
 
 
-def _tags(cells: list[str]) -> list[str]:
-    return ["th scope='row'", *(["td"] * (len(cells) - 1))]
+def _failures_text(failures: list[Failure]) -> list[str]:
+    told = [f"- {f.method}, {f.subject}: {f.reason}" for f in failures] or ["None."]
+    return ["## Failures", "", *told, ""]
 
 
-def _embedded(image: Image.Image) -> str:
+PUBLISHED = (
+    "As the papers print them: other data, other people, other crops and other metric networks than above. They tell "
+    "what the field reports, and do not compare with a measured number."
+)
+
+
+def _published(tables: Sequence[PublishedTable]) -> str:
+    parts = [f"<section id='published'><h2>Published numbers</h2><p>{PUBLISHED}</p>"]
+    for one in tables:
+        lines = (
+            f"<tr><th scope='row'>{html.escape(name)}</th>"
+            + "".join(f"<td>{'–' if number is None else f'{number:g}'}</td>" for number in numbers)
+            + "</tr>"
+            for name, numbers in one.rows
+        )
+        parts.append(
+            f"<h3>{html.escape(one.title)}</h3>{_table(('method', *one.columns), lines, one.title)}"
+            f"<p class='note'>{html.escape(one.source)}. {html.escape(one.protocol)}.</p>"
+        )
+    return "".join(parts) + "</section>"
+
+
+def _published_text(tables: Sequence[PublishedTable]) -> list[str]:
+    text = ["## Published numbers", "", PUBLISHED, ""]
+    for one in tables:
+        lines = [["method", *one.columns]]
+        lines += [[name, *("–" if n is None else f"{n:g}" for n in numbers)] for name, numbers in one.rows]
+        text += [f"### {one.title}", "", markdown(lines), "", f"{one.source}. {one.protocol}.", ""]
+    return text
+
+
+def _folder(row: Row, results: Path) -> Path:
+    return row_folder(results, row.method, row.checkpoint, row.subject, row.protocol, row.protocol_id)
+
+
+def _sheet(row: Row, results: Path) -> str:
+    """A row's contact sheet as a data address.
+
+    Raises:
+        UserError: it is gone.
+    """
+    path = _folder(row, results) / "sheet.png"
+    try:
+        with Image.open(path) as image:
+            return _jpeg(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}). Evaluate {row.subject} again.") from error
+
+
+def _jpeg(image: Image.Image) -> str:
     """A picture as a data address: JPEG 92, for a page of sheets in PNG would be many megabytes."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>headsplat: comparison</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --soft: #777; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto;
-       padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space:
-nowrap; } th:first-child { text-align: left; } .wide { overflow-x: auto; } ul { color: var(--soft);
-font-size: .9rem; padding-left: 1.2rem; } img { max-width: 100%; height: auto; background: #000;
-border-radius: 6px; } details { margin: .5rem 0; } summary { cursor: pointer; padding: .25rem 0; } </style>
-</head> <body> <h1>headsplat: comparison</h1> {{body}} </body> </html>
-"""

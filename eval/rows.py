@@ -14,6 +14,7 @@ from avatars.errors import UserError
 from eval.hashing import short_hash
 
 __all__ = [
+    "TURNTABLE",
     "Row",
     "check_one_protocol",
     "mean_values",
@@ -26,6 +27,8 @@ __all__ = [
 
 SCHEMA = 1
 ROW_FILE = "row.json"
+TURNTABLE = "turntable.webp"
+"""The moving picture beside a row."""
 
 
 @dataclass(frozen=True)

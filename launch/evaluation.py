@@ -103,7 +103,7 @@ def measure(
 
 def show_table(rows: list[Row], workspace: Workspace) -> None:
     """The comparison on the terminal, and where to look next."""
-    from eval.report import by_protocol, table
+    from eval.tables import by_protocol, table
 
     for rows_of_one in by_protocol(rows).values():
         print()

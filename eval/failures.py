@@ -1,0 +1,60 @@
+"""Subjects that a method failed on: a line each beside the rows, so that a table cannot hide them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from avatars.errors import UserError
+from avatars.files import write_whole
+
+__all__ = ["Failure", "note_failures", "read_failures"]
+
+NAME = "failures.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One avatar that was not made or not measured.
+
+    Attributes:
+        method: name of the method.
+        subject: name of the person.
+        reason: a sentence.
+    """
+
+    method: str
+    subject: str
+    reason: str
+
+
+def note_failures(results: Path, method: str, failures: dict[str, str]) -> None:
+    """Replaces what is known of a method's failures.
+
+    Args:
+        results: folder of results.
+        method: name of the method.
+        failures: subject to reason; empty when all went well.
+    """
+    others = [failure for failure in read_failures(results) if failure.method != method]
+    mine = [Failure(method, subject, reason) for subject, reason in sorted(failures.items())]
+    if not others and not mine:
+        (results / NAME).unlink(missing_ok=True)
+        return
+    write_whole(results / NAME, json.dumps([asdict(f) for f in others + mine], indent=1) + "\n")
+
+
+def read_failures(results: Path) -> list[Failure]:
+    """All failures that are known under a folder of results.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = results / NAME
+    if not path.is_file():
+        return []
+    try:
+        return [Failure(**failure) for failure in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Delete it and run the fits again.") from error

@@ -1,0 +1,198 @@
+"""Tables that compare methods under one protocol; rows of different protocols never share a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from avatars.errors import UserError
+from eval.compare import Difference, interval, paired
+from eval.metrics import DEFINITIONS
+from eval.rows import Row, check_one_protocol, mean_values
+
+__all__ = ["Comparison", "Run", "by_protocol", "compared", "markdown", "rounded", "table"]
+
+IN_MASK = ("psnr_masked", "ssim_masked")
+DECIMALS = {"psnr": 2, "psnr_masked": 2, "akd": 2}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method's checkpoint on all subjects.
+
+    Attributes:
+        method: its name.
+        checkpoint: its checkpoint.
+        name: what tables call it: the method, with the checkpoint where the method has several.
+        rows: a row a subject, ordered by subject.
+    """
+
+    method: str
+    checkpoint: str
+    name: str
+    rows: tuple[Row, ...]
+
+    def values(self, key: str) -> list[float] | None:
+        """A metric's number for every subject in order, or None where one has none."""
+        found = [row.values[key] for row in self.rows if key in row.values]
+        return found if len(found) == len(self.rows) else None
+
+    @property
+    def create_seconds(self) -> float:
+        """Median over subjects."""
+        return statistics.median(row.create_seconds for row in self.rows)
+
+    @property
+    def drive_fps(self) -> float:
+        """Median over subjects."""
+        return statistics.median(row.drive_fps for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods under one protocol, measured on the same subjects.
+
+    Attributes:
+        runs: the best mean PSNR first.
+        keys: metrics that at least one row has a number for, in the order of `DEFINITIONS`.
+        notes: sentences on what the table stands on and what has no number.
+    """
+
+    runs: tuple[Run, ...]
+    keys: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def differences(self, key: str) -> dict[str, Difference]:
+        """Every other run's name to its paired difference from the first; empty where the first has no number."""
+        reference = self.runs[0].values(key)
+        if reference is None:
+            return {}
+        found = {run.name: run.values(key) for run in self.runs[1:]}
+        return {name: paired(values, reference) for name, values in found.items() if values is not None}
+
+
+def compared(rows: Sequence[Row]) -> Comparison:
+    """Sorts rows of one protocol into runs.
+
+    Raises:
+        UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
+    """
+    rows = list(rows)
+    check_one_protocol(rows)
+    by_run: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_run.setdefault((row.method, row.checkpoint), []).append(row)
+    everyone = {row.subject for row in rows}
+    runs = []
+    for (method, checkpoint), mine in by_run.items():
+        measured = [row.subject for row in mine]
+        if sorted(measured) != sorted(everyone):
+            absent = ", ".join(sorted(everyone - set(measured))) or "none, but some are there twice"
+            raise UserError(
+                f"{method} {checkpoint} was measured on {len(measured)} rows for {len(everyone)} subjects "
+                f"(missing: {absent}), so its means do not compare. Evaluate it on all subjects."
+            )
+        alone = sum(other == method for other, _ in by_run) == 1
+        ordered = tuple(sorted(mine, key=lambda row: row.subject))
+        runs.append(Run(method, checkpoint, method if alone else f"{method} {checkpoint}", ordered))
+    runs.sort(key=lambda run: -(mean_values(list(run.rows), "psnr") or -1.0))
+    keys = tuple(key for key in _keys(rows) if any(key in row.values for row in rows))
+    return Comparison(tuple(runs), keys, tuple(_notes(rows, runs)))
+
+
+def table(rows: Sequence[Row], *, full: bool = False) -> str:
+    """A Markdown table, one line a method and checkpoint, best PSNR first, with notes on what has no number.
+
+    A metric's mean runs over the subjects and stands only where every subject has a number; seconds to
+    create and pictures a second are medians over subjects.
+
+    Args:
+        rows: rows of one protocol.
+        full: also the metrics inside the mask, and 95 % intervals of the means.
+
+    Raises:
+        UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
+    """
+    comparison = compared(rows)
+    keys = [key for key in comparison.keys if full or key not in IN_MASK]
+    lines = [["method", *map(heading, keys), "seconds to create", "frames a second"]]
+    for run in comparison.runs:
+        numbers = [mean_cell(key, run.values(key), with_interval=full) for key in keys]
+        lines.append([run.name, *numbers, rounded(run.create_seconds), rounded(run.drive_fps)])
+    return "\n".join([markdown(lines), "", *comparison.notes])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Cells as a Markdown table whose columns also align where Markdown is not rendered."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def padded(cells: list[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *rest]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([padded(lines[0]), "| " + " | ".join(rule) + " |", *map(padded, lines[1:])])
+
+
+def by_protocol(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by "<protocol> <id>", in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.protocol} {row.protocol_id}", []).append(row)
+    return groups
+
+
+def heading(key: str) -> str:
+    """A metric's column heading: label, which way is better, unit."""
+    if key not in DEFINITIONS:
+        return key
+    metric = DEFINITIONS[key]
+    unit = f" [{metric.unit}]" if metric.unit else ""
+    return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}{unit}"
+
+
+def mean_cell(key: str, values: list[float] | None, *, with_interval: bool) -> str:
+    """A mean with the metric's decimals and its interval where there is one; "n/a" without a number."""
+    if values is None:
+        return "n/a"
+    digits = decimals(key)
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    limits = interval(values) if with_interval else None
+    return mean if limits is None else f"{mean} ({limits[0]:.{digits}f} to {limits[1]:.{digits}f})"
+
+
+def decimals(key: str) -> int:
+    """Digits after the point that a metric is told with."""
+    return DECIMALS.get(key, 3)
+
+
+def rounded(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _notes(rows: list[Row], runs: list[Run]) -> list[str]:
+    subjects = len({row.subject for row in rows})
+    pictures = sum(row.counts["pictures"] for row in runs[0].rows)
+    notes = [f"{rows[0].protocol} {rows[0].protocol_id}: {subjects} subjects, {pictures} pictures a method."]
+    machines = sorted({f"{row.hardware}, {row.threads} threads" for row in rows})
+    notes.append(f"Timed on {'; '.join(machines)}.")
+    for key in _keys(rows):
+        name = DEFINITIONS[key].label if key in DEFINITIONS else key
+        reasons = sorted({row.missing[key] for row in rows if key in row.missing})
+        if reasons:
+            notes.append(f"{name}: {'; '.join(reasons)}.")
+        dropped = {run.name: sum(row.counts.get(f"{key}_left_out", 0) for row in run.rows) for run in runs}
+        if any(dropped.values()) and any(key in row.values for row in rows):
+            told = ", ".join(f"{method} {count}" for method, count in dropped.items())
+            notes.append(f"{name}: pictures left out, of {pictures}: {told}.")
+    return notes
+
+
+def _keys(rows: list[Row]) -> list[str]:
+    """Metrics that rows have or miss, in the order of `DEFINITIONS`, unknown ones last."""
+    found = dict.fromkeys(key for row in rows for key in (*row.values, *row.missing))
+    return [key for key in DEFINITIONS if key in found] + [key for key in found if key not in DEFINITIONS]
