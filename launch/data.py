@@ -112,12 +112,28 @@ class PackOptions:
     """Side of the packed pictures in pixels."""
     heldout: int = 1
     """How many subjects are kept from training, the last by name."""
+    heldout_subjects: tuple[str, ...] = ()
+    """Which subjects are kept from training instead, by name."""
     input_sets: int = 4
-    """Input sets of a subject."""
+    """Input sets of a shard."""
     input_views: int = 4
     """Pictures of an input set."""
+    k: int = 3
+    """Input cameras are drawn among the k farthest from those drawn before."""
+    max_input_degrees: float = 80.0
+    """How far from straight before the face an input camera may stand."""
+    prior: Literal["depth", "none"] = "depth"
+    """Position maps from the captures' true depth, or none. Others: headsplat priors."""
+    quality: int = 95
+    """JPEG quality, 1 to 100."""
+    subsampling: Literal["444", "422", "420"] = "444"
+    """JPEG chroma subsampling."""
+    timesteps_per_shard: int = 256
+    """Target timesteps of a shard."""
     seed: int = 0
     """Seed of the input sets' drawing."""
+    workers: int = 1
+    """Shards packed at the same time; more than one run on Ray."""
 
 
 def pack(words: list[str]) -> None:
@@ -175,8 +191,7 @@ def pack_folder(options: PackOptions) -> Manifest:
     Raises:
         UserError: the folder is not there or holds no captures.
     """
-    from shards import pack as pack_captures
-    from shards import read_capture
+    from cluster.packing import pack_folders
 
     if not options.captures.is_dir():
         raise UserError(
@@ -187,13 +202,21 @@ def pack_folder(options: PackOptions) -> Manifest:
         raise UserError(
             f"{options.captures} holds no captures. Make some with `headsplat synth {options.captures}`."
         )
-    return pack_captures(
-        [read_capture(folder) for folder in folders],
+    last = [folder.name for folder in folders[len(folders) - options.heldout :]]
+    return pack_folders(
+        folders,
         options.out,
+        workers=options.workers,
         size=options.size,
-        heldout=[folder.name for folder in folders[len(folders) - options.heldout :]],
+        heldout=list(options.heldout_subjects) or last,
         input_sets=options.input_sets,
         n_inputs=options.input_views,
+        k=options.k,
+        max_input_degrees=options.max_input_degrees,
+        prior=options.prior,
+        quality=options.quality,
+        subsampling=options.subsampling,
+        timesteps_per_shard=options.timesteps_per_shard,
         seed=options.seed,
         progress=print,
     )

@@ -35,7 +35,10 @@ from shards.priors import PriorErrors, encode_positions
 from shards.tarfiles import ShardWriter
 from shards.views import facing, k_farthest, view_directions
 
-__all__ = ["draw_input_timesteps", "pack", "pack_subject"]
+__all__ = ["draw_input_timesteps", "pack", "pack_shard", "shard_count"]
+
+Receipt = dict[str, Any]
+PackShards = Callable[[list[tuple[Capture, int]], Path, PackSettings], list[Receipt]]
 
 CONFIDENT = float(np.e)  # true depth: log-confidence 1
 NO_TRUST = 1.0  # log-confidence 0
@@ -69,11 +72,12 @@ def pack(
     timesteps_per_shard: int = 256,
     threads: int = 2,
     progress: Callable[[str], None] | None = None,
+    pack_shards: PackShards | None = None,
 ) -> Manifest:
     """Packs captures into a folder of self-contained WebDataset shards with a manifest.
 
-    A pack that was stopped goes on where it was: subjects that are complete are not packed again, and no
-    file has its name before it is whole. The manifest is written last.
+    A pack that was stopped, or killed, goes on where it was: shards that are complete are not packed again,
+    and no file has its name before it is whole. The manifest is written last.
 
     Args:
         captures: recordings of different subjects, all with the same kind of expression code and head.
@@ -90,7 +94,9 @@ def pack(
         max_input_degrees: how far from straight before the face an input camera may stand.
         timesteps_per_shard: target timesteps in one shard.
         threads: pictures are read, cut and encoded by this many threads.
-        progress: called with a line of text after each subject.
+        progress: called with a line of text after each shard.
+        pack_shards: packs all the (capture, number of shard) it is given and returns their receipts in the
+            same order; None packs them one after the other here.
 
     Returns:
         The manifest, as saved.
@@ -119,63 +125,64 @@ def pack(
         raise UserError(f"{out} already holds packed shards. Give another folder, or remove this one first.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        receipts = []
-        for number, capture in enumerate(captures, 1):
-            receipt = pack_subject(capture, out, settings, threads=threads)
-            receipts.append(receipt)
-            if progress is not None:
-                steps = sum(len(shard["views"]) for shard in receipt["shards"])
-                progress(f"{number}/{len(captures)} {capture.subject}: {steps} timesteps")
-        manifest = _manifest(out, settings, captures[0], receipts, train, held)
+        asked = [(c, number) for c in captures for number in range(shard_count(c, settings))]
+        if pack_shards is not None:
+            receipts = pack_shards(asked, out, settings)
+        else:
+            receipts = []
+            for capture, number in asked:
+                receipts.append(pack_shard(capture, number, out, settings, threads=threads))
+                if progress is not None:
+                    progress(f"{len(receipts)}/{len(asked)} {describe(receipts[-1])}")
+        manifest = _manifest(out, settings, captures, receipts, train, held)
         manifest.save()
-        for capture in captures:
-            _receipt_path(out, capture.subject).unlink(missing_ok=True)
+        for capture, number in asked:
+            _receipt_path(_shard_path(out, capture, number)).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}). Make space or give another folder, then"
-            " run the"
-            " same command: finished subjects are kept."
+            " run the same command: finished shards are kept."
         ) from None
     return manifest
 
 
-def pack_subject(capture: Capture, out: Path, settings: PackSettings, *, threads: int = 2) -> dict[str, Any]:
-    """Packs one capture and leaves a receipt; with a valid receipt there, does nothing but read it.
+def shard_count(capture: Capture, settings: PackSettings) -> int:
+    """How many shards a capture becomes."""
+    return -(-len(capture.timestep_ids) // settings.timesteps_per_shard)
 
-    Independent of all other captures, so any number of processes may work on different subjects of one
-    folder.
+
+def describe(receipt: Receipt) -> str:
+    """A few words about a packed shard."""
+    return f"{receipt['shard']['path']}: {len(receipt['shard']['views'])} timesteps"
+
+
+def pack_shard(
+    capture: Capture, number: int, out: Path, settings: PackSettings, *, threads: int = 2
+) -> Receipt:
+    """Packs one shard of a capture and leaves a receipt; with a valid receipt there, does nothing but read
+    it.
+
+    Independent of all other shards, so any number of processes may work on different ones of one folder.
 
     Returns:
-        The receipt: the subject's shards as the manifest lists them, and sums to make code statistics of.
+        The receipt: the shard as the manifest lists it, and what its storage costs.
     """
-    receipt_path = _receipt_path(out, capture.subject)
+    path = _shard_path(out, capture, number)
     fingerprint = {
         "settings": dataclasses.asdict(settings),
         "capture": capture.capture_id,
         "timesteps": len(capture.timestep_ids),
     }
-    receipt = _read_receipt(receipt_path, out, fingerprint)
+    receipt = _read_receipt(path, fingerprint)
     if receipt is not None:
         return receipt
     order = Draws(settings.seed, capture.subject, "timesteps").permutation(len(capture.timestep_ids))
-    cuts = range(0, len(order), settings.timesteps_per_shard)
-    shards, errors = [], PriorErrors()
+    start, errors = number * settings.timesteps_per_shard, PriorErrors()
+    targets = order[start : start + settings.timesteps_per_shard]
     with ThreadPoolExecutor(threads) as pool:
-        for number, start in enumerate(cuts):
-            targets = order[start : start + settings.timesteps_per_shard]
-            path = out / f"{_file_stem(capture.subject)}-{number:04d}.tar"
-            shards.append(_pack_shard(capture, targets, number, path, settings, pool, errors))
-    codes = capture.expressions.astype(np.float64)
-    receipt = {
-        "fingerprint": fingerprint,
-        "subject": capture.subject,
-        "shards": [dataclasses.asdict(shard) for shard in shards],
-        "errors": errors.to_json(),
-        "count": len(codes),
-        "sum": codes.sum(0).tolist(),
-        "sum_of_squares": (codes**2).sum(0).tolist(),
-    }
-    write_json(receipt_path, receipt)
+        shard = _pack_shard(capture, targets, number, path, settings, pool, errors)
+    receipt = {"fingerprint": fingerprint, "shard": dataclasses.asdict(shard), "errors": errors.to_json()}
+    write_json(_receipt_path(path), receipt)
     return receipt
 
 
@@ -478,29 +485,29 @@ def _split(subjects: list[str], heldout: int | Sequence[str], seed: int) -> tupl
 def _manifest(
     out: Path,
     settings: PackSettings,
-    first: Capture,
-    receipts: list[dict[str, Any]],
+    captures: list[Capture],
+    receipts: list[Receipt],
     train: list[str],
     heldout: list[str],
 ) -> Manifest:
-    """The manifest of finished subjects."""
-    counted = [receipt for receipt in receipts if receipt["subject"] in train] or receipts
-    count = sum(receipt["count"] for receipt in counted)
-    mean = np.sum([receipt["sum"] for receipt in counted], 0) / count
-    variance = np.sum([receipt["sum_of_squares"] for receipt in counted], 0) / count - mean**2
+    """The manifest of finished shards."""
+    first = captures[0]
+    codes = np.concatenate(
+        [c.expressions.astype(np.float64) for c in captures if c.subject in train or not train]
+    )
     shards, errors = [], PriorErrors()
     for receipt in receipts:
         errors.join(PriorErrors.from_json(receipt["errors"]))
-        for shard in receipt["shards"]:
-            lists = {"index": tuple(shard["index"]), "views": tuple(shard["views"])}
-            inputs = tuple(tuple(steps) for steps in shard["inputs"])
-            shards.append(ShardInfo(**{**shard, **lists, "inputs": inputs}))
+        shard = receipt["shard"]
+        lists = {"index": tuple(shard["index"]), "views": tuple(shard["views"])}
+        inputs = tuple(tuple(steps) for steps in shard["inputs"])
+        shards.append(ShardInfo(**{**shard, **lists, "inputs": inputs}))
     return Manifest(
         folder=out,
         expression_kind=first.expression_kind,
         expression_length=first.expressions.shape[1],
-        expression_mean=tuple(mean.tolist()),
-        expression_std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
+        expression_mean=tuple(codes.mean(0).tolist()),
+        expression_std=tuple(codes.std(0).tolist()),
         head=first.head,
         settings=settings,
         priors=PriorSettings(position=settings.prior),
@@ -516,19 +523,19 @@ def _file_stem(subject: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", subject)
 
 
-def _receipt_path(out: Path, subject: str) -> Path:
-    return out / f"{_file_stem(subject)}.packed.json"
+def _shard_path(out: Path, capture: Capture, number: int) -> Path:
+    return out / f"{_file_stem(capture.subject)}-{number:04d}.tar"
 
 
-def _read_receipt(path: Path, out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """A finished subject's receipt, if there is one for the same capture and settings and its shards are
-    there.
-    """
+def _receipt_path(path: Path) -> Path:
+    return path.with_name(path.name + ".packed.json")
+
+
+def _read_receipt(path: Path, fingerprint: dict[str, Any]) -> Receipt | None:
+    """A finished shard's receipt, if there is one for the same capture and settings and the shard is there."""
     try:
-        receipt: dict[str, Any] = json.loads(path.read_text())
-        if receipt["fingerprint"] != fingerprint:
-            return None
-        whole = all((out / shard["path"]).stat().st_size == shard["bytes"] for shard in receipt["shards"])
+        receipt: Receipt = json.loads(_receipt_path(path).read_text())
+        whole = path.stat().st_size == receipt["shard"]["bytes"]
+        return receipt if whole and receipt["fingerprint"] == fingerprint else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return receipt if whole else None

@@ -12,7 +12,7 @@ from tiny_captures import pack_tiny, write_tiny_capture, write_tiny_captures
 from avatars.errors import UserError
 from shards import Manifest, open_shards, pack, read_capture
 from shards.manifest import PackSettings
-from shards.packing import pack_subject
+from shards.packing import pack_shard
 from shards.pictures import crop_window, decode_mask, encode_mask, fit_intrinsics, resample_depth
 
 
@@ -165,7 +165,8 @@ def test_a_stopped_pack_goes_on(captures, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(opened[1], "view", dies)
     with pytest.raises(Stop):
         pack(opened, out, **options)
-    assert sorted(p.name for p in out.iterdir()) == ["s00-0000.tar", "s00-0001.tar", "s00.packed.json"]
+    made = [f"s00-000{i}.tar{end}" for i in (0, 1) for end in ("", ".packed.json")]
+    assert sorted(p.name for p in out.iterdir()) == made
     with pytest.raises(UserError, match=r"holds no manifest.json.*goes on"):
         Manifest.load(out)
 
@@ -177,10 +178,10 @@ def test_a_stopped_pack_goes_on(captures, packed, tmp_path, monkeypatch):
 
 def test_other_settings_do_not_go_on_from_a_receipt(captures, tmp_path):
     capture = read_capture(captures[0])
-    first = pack_subject(capture, tmp_path, PackSettings(size=40, input_sets=1))
-    second = pack_subject(capture, tmp_path, PackSettings(size=40, input_sets=2))
-    assert len(second["shards"][0]["inputs"]) == 2
-    assert first["shards"][0]["sha256"] != second["shards"][0]["sha256"]
+    first = pack_shard(capture, 0, tmp_path, PackSettings(size=40, input_sets=1))["shard"]
+    second = pack_shard(capture, 0, tmp_path, PackSettings(size=40, input_sets=2))["shard"]
+    assert len(second["inputs"]) == 2
+    assert first["sha256"] != second["sha256"]
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(captures, tmp_path, monkeypatch):
@@ -191,7 +192,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(captures, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tarfiles.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device.*finished subjects are kept"):
+    with pytest.raises(UserError, match=r"No space left on device.*finished shards are kept"):
         pack([read_capture(captures[0])], out, size=40, heldout=0, input_sets=1)
     assert list(out.iterdir()) == []
 
