@@ -1,20 +1,25 @@
-"""How fast pictures come: the batch loader against WebDataset in worker processes and against the decoder alone.
+"""How fast pictures come: the batch loader against other loaders and against the decoder alone.
 
-All read the same 512 x 512 JPEGs and end in uint8 arrays in the trainer's process. The loader also decodes each
-picture's mask, which the others do not have to. Run with an otherwise idle machine:
+All read the same 512 x 512 JPEGs and end in uint8 batches of 32 in the trainer's process. The batch loader also
+decodes each picture's mask, which the others do not have to. Every candidate is measured in every round; the
+medians count. On a shared machine the processor time a picture is the figure to trust.
 
-    python benchmarks/loading.py [--out FOLDER] [--seconds 10]
+The peers run in an environment of their own:
+
+    python -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers/loading-requirements.txt
+    python benchmarks/loading.py --peers PEERS/bin/python [--out FOLDER] [--seconds 5] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import dataclasses
 import json
 import os
 import platform
+import statistics
 import subprocess
-import tarfile
+import sys
 import tempfile
 import time
 import warnings
@@ -28,10 +33,18 @@ import simplejpeg
 import torch
 
 from shards import BatchLoader, Capture, Manifest, View, pack
+from shards.manifest import ShardInfo
 from shards.tarfiles import ShardReader
 
 SIZE = 512
 BATCH = 32
+PEERS = (
+    "WebDataset + Pillow",
+    "WebDataset + simplejpeg",
+    "litdata + simplejpeg",
+    "mosaicml-streaming + simplejpeg",
+)
+PEER_FILE = Path(__file__).parent / "peers" / "loading_peers.py"
 
 
 class NoisyHeads(Capture):
@@ -66,8 +79,8 @@ class NoisyHeads(Capture):
         return View(image=image.astype(np.uint8), mask=(inside * 255).astype(np.uint8))
 
 
-def make_data(folder: Path) -> tuple[Path, Path, list[bytes]]:
-    """Shards, a flat WebDataset tar of their pictures, and the pictures."""
+def make_data(folder: Path) -> tuple[Path, list[bytes]]:
+    """Shards, and a folder of the pictures in them, which are returned too."""
     shards = folder / "shards"
     captures = [NoisyHeads(f"p{i}", timesteps=10, views=24) for i in range(2)]
     pack(captures, shards, size=SIZE, heldout=0, input_sets=3, prior="none", max_input_degrees=90)
@@ -76,14 +89,11 @@ def make_data(folder: Path) -> tuple[Path, Path, list[bytes]]:
         reader = ShardReader(shards / shard.path, shard.index)
         for key in reader.keys:
             wanted = [name for name in reader.extensions(key) if name.endswith("jpg")]
-            pictures += list(reader.read(key, wanted).values())
-    flat = folder / "flat.tar"
-    with tarfile.open(flat, "w") as tar:
-        for i, data in enumerate(pictures):
-            header = tarfile.TarInfo(f"{i:06d}.jpg")
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-    return shards, flat, pictures
+            pictures += [bytes(data) for data in reader.read(key, wanted).values()]
+    (folder / "pictures").mkdir()
+    for i, data in enumerate(pictures):
+        (folder / "pictures" / f"{i:06d}.jpg").write_bytes(data)
+    return shards, pictures
 
 
 def decoder_alone(pictures: list[bytes], threads: int) -> Iterator[int]:
@@ -102,44 +112,106 @@ def decoder_alone(pictures: list[bytes], threads: int) -> Iterator[int]:
 
 
 def our_loader(shards: Path, threads: int) -> Iterator[int]:
-    """Batches of examples of 4 input and 8 target pictures."""
-    with BatchLoader(shards, "train", seed=0, micro_batch=3, threads=threads, raw=True) as loader:
+    """Batches of four examples of 4 input and 4 target pictures."""
+    with BatchLoader(shards, "train", seed=0, micro_batch=4, views=4, threads=threads, raw=True) as loader:
         for batch in loader:
             yield batch["input_images"].shape[:2].numel() + batch["target_images"].shape[:2].numel()
 
 
-def with_simplejpeg(data: bytes) -> np.ndarray:
-    return simplejpeg.decode_jpeg(data, "RGB")
-
-
-def with_pillow(data: bytes) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def webdataset_workers(flat: Path, workers: int, decode: Callable[[bytes], np.ndarray]) -> Iterator[int]:
-    """What WebDataset's documentation shows: decode in workers, batch, hand over through shared memory."""
-    import webdataset as wds
-
-    dataset = (
-        wds.WebDataset([str(flat)] * (4 * workers), shardshuffle=False, empty_check=False)
-        .repeat()
-        .to_tuple("jpg")
-        .map_tuple(decode)
-        .batched(BATCH)
-    )
-    for (batch,) in wds.WebLoader(dataset, batch_size=None, num_workers=workers):
-        yield len(batch)
-
-
-def rate(source: Iterator[int], seconds: float) -> float:
-    """Pictures a second, after the first two batches."""
-    next(source), next(source)
-    started, count = time.perf_counter(), 0
+def measure(source: Iterator[int], seconds: float) -> dict[str, float]:
+    """Pictures a second and processor time a picture, after a few batches."""
+    for _ in range(6):
+        next(source)
+    started, used, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - started < seconds:
         count += next(source)
-    return count / (time.perf_counter() - started)
+    wall = time.perf_counter() - started
+    return {
+        "pictures_per_second": round(count / wall, 1),
+        "cpu_us_per_picture": round((time.process_time() - used) / count * 1e6, 1),
+    }
+
+
+def measure_peer(python: Path, name: str, folder: Path, seconds: float, workers: int) -> dict[str, float]:
+    """The same of a peer, in its own environment."""
+    command = [str(python), str(PEER_FILE), name, str(folder), str(seconds), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+START = """
+import json, sys, time, torch
+from shards import BatchLoader, Manifest
+from shards.plans import Plan
+from pathlib import Path
+def memory(field):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(field + ":")[1].split()[0]) / 1024
+before, started = memory("VmRSS"), time.perf_counter()
+{action}
+seconds = time.perf_counter() - started
+print(json.dumps({{"seconds": round(seconds, 3), "megabytes_above_imports": round(memory("VmHWM") - before, 1)}}))
+"""
+
+
+def measure_start(action: str) -> dict[str, float]:
+    """Seconds and memory above the imports of something that a fresh process does."""
+    done = subprocess.run(
+        [sys.executable, "-c", START.format(action=action)], capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def first_batch(shards: Path, folder: Path, count: int = 1000) -> dict[str, float]:
+    """From a folder of `count` shards to the first batch: links to the same few files under many names."""
+    many = folder / "many"
+    many.mkdir()
+    manifest = Manifest.load(shards)
+    listed = []
+    for i in range(count):
+        shard = manifest.shards[i % len(manifest.shards)]
+        name = f"q{i:04d}-0000.tar"
+        os.link(shards / shard.path, many / name)
+        listed.append(dataclasses.replace(shard, path=name, subject=f"q{i:04d}"))
+    names = tuple(shard.subject for shard in listed)
+    dataclasses.replace(manifest, folder=many, shards=tuple(listed), train=names).save()
+    return measure_start(
+        f"loader = BatchLoader({str(many)!r}, 'train', seed=0, micro_batch=4, views=4, raw=True); next(loader)"
+    )
+
+
+def resume(shards: Path, folder: Path, subjects: int = 244, timesteps: int = 5000) -> dict[str, float]:
+    """From the manifest of Ava-256's size, without its data, to what rank 63 of 64 reads in step 10^6."""
+    large = folder / "large"
+    large.mkdir()
+    a_shard = 256
+    listed = []
+    for i in range(subjects):
+        for j, start in enumerate(range(0, timesteps, a_shard)):
+            targets = min(a_shard, timesteps - start)
+            inputs = tuple(tuple((4 * s + t) % targets for t in range(4)) for s in range(8))
+            listed.append(
+                ShardInfo(
+                    path=f"p{i:03d}-{j:04d}.tar",
+                    subject=f"p{i:03d}",
+                    bytes=3_000_000_000,
+                    sha256=f"{i * 100 + j:064x}",
+                    index=(2_999_000_000, 300_000),
+                    views=(80,) * targets,
+                    inputs=inputs,
+                )
+            )
+    names = tuple(f"p{i:03d}" for i in range(subjects))
+    manifest = Manifest.load(shards)
+    dataclasses.replace(manifest, folder=large, shards=tuple(listed), train=names, heldout=()).save()
+    return measure_start(
+        f"plan = Plan(Manifest.read({str(large)!r}).split('train'), seed=0, views=8)\n"
+        "plan.batch(10**6, micro_batch=1, world_size=64, rank=63)"
+    )
 
 
 def main() -> None:
@@ -149,40 +221,69 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder for the result"
     )
-    parser.add_argument("--seconds", type=float, default=10, help="to measure each candidate for")
+    parser.add_argument("--peers", type=Path, help="the python of the peers' environment")
+    parser.add_argument("--seconds", type=float, default=5, help="to measure each candidate for in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="the medians of how many rounds")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    cores = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        shards, flat, pictures = make_data(Path(folder))
-        candidates: dict[str, Callable[[], Iterator[int]]] = {
-            f"simplejpeg alone, {cores} threads": lambda: decoder_alone(pictures, cores),
-            f"headsplat loader, {cores} threads": lambda: our_loader(shards, cores),
-            f"WebDataset + simplejpeg, {cores} workers": lambda: webdataset_workers(
-                flat, cores, with_simplejpeg
-            ),
-            f"WebDataset + Pillow, {cores} workers": lambda: webdataset_workers(flat, cores, with_pillow),
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards, pictures = make_data(folder)
+        limit, ours = f"simplejpeg alone, {cores} threads", f"headsplat loader, {cores} threads"
+        candidates: dict[str, Callable[[], dict[str, float]]] = {
+            limit: lambda: measure(decoder_alone(pictures, cores), options.seconds),
+            ours: lambda: measure(our_loader(shards, cores), options.seconds),
         }
-        rates = {}
-        for name, make in candidates.items():
-            rates[name] = round(rate(make(), options.seconds), 1)
-            print(f"{rates[name]:8.0f} pictures/s  {name}", flush=True)
+        for peer in PEERS if options.peers else ():
+            candidates[f"{peer}, {cores} workers"] = lambda peer=peer: measure_peer(
+                options.peers, peer, folder, options.seconds, cores
+            )
+        rounds: dict[str, list[dict[str, float]]] = {candidate: [] for candidate in candidates}
+        for _ in range(options.rounds):
+            for candidate, run in candidates.items():
+                rounds[candidate].append(run())
+                print(f"{candidate:45s} {rounds[candidate][-1]}", flush=True)
+        medians = {
+            candidate: {key: statistics.median(found[key] for found in runs) for key in runs[0]}
+            for candidate, runs in rounds.items()
+        }
+        started = {
+            "first batch of 1,000 shards": first_batch(shards, folder),
+            "resume at step 10^6 of 244 subjects x 5,000 timesteps": resume(shards, folder),
+        }
+    ratios: dict[str, float] = {}
+    for key in ("pictures_per_second", "cpu_us_per_picture"):
+        better = (lambda a, b: a / b) if key == "pictures_per_second" else (lambda a, b: b / a)
+        value = {candidate: found[key] for candidate, found in medians.items()}
+        peers = [v for candidate, v in value.items() if candidate not in (limit, ours)]
+        ratios[f"loader / decoder by {key}"] = round(better(value[ours], value[limit]), 3)
+        if peers:
+            best = max(peers) if key == "pictures_per_second" else min(peers)
+            ratios[f"loader / best peer by {key}"] = round(better(value[ours], best), 3)
+            ratios[f"decoder / best peer by {key}: no loader can be more"] = round(
+                better(value[limit], best), 3
+            )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     hardware = f"{platform.machine()}-{cores}cores"
     content = {
-        "what": "pictures a second into uint8 batches, 512 x 512 JPEG",
+        "what": "pictures into uint8 batches of 32, 512 x 512 JPEG",
         "bytes_a_picture": round(sum(map(len, pictures)) / len(pictures)),
-        "pictures_per_second": rates,
-        "load_average": os.getloadavg()[0],
+        "medians": medians,
+        "ratios": ratios,
+        "start": started,
+        "rounds": options.rounds,
+        "load_average": [load, os.getloadavg()[0]],
         "commit": commit,
         "hardware": hardware,
         "versions": {
             name: version(name) for name in ("torch", "webdataset", "simplejpeg", "pillow", "numpy")
         },
     }
+    print(json.dumps({"ratios": ratios, "start": started}, indent=1))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"loading-{hardware}.json").write_text(json.dumps(content, indent=1) + "\n")
 
