@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +17,18 @@ from cluster.session import ray_session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from train.fits import FitConfig
+    from train.fits import FitConfig, FitPictures, FitSource
 
-__all__ = ["FitResult", "Fits", "fit_subjects", "gpus_here", "read_result", "results_table", "slots_here"]
+__all__ = [
+    "FitResult",
+    "Fits",
+    "fit_subjects",
+    "fits_name",
+    "gpus_here",
+    "read_result",
+    "results_table",
+    "slots_here",
+]
 
 FORMAT = "headsplat-fit"
 RESULT = "result.json"
@@ -58,12 +68,14 @@ class Fits:
 
 def fit_subjects(
     method: str | FitConfig,
-    shards_folder: str | Path,
+    shards_folder: str | Path | None,
     out: str | Path,
     *,
+    source: FitSource | None = None,
+    captures: str | Path | None = None,
+    head: str | None = None,
     split: str = "heldout",
     subjects: Iterable[str] | None = None,
-    input_set: int = 0,
     workers: int | None = None,
     cpus_per_actor: float = 1,
     gpus_per_actor: float | None = None,
@@ -72,7 +84,7 @@ def fit_subjects(
     patience: float = 600,
     on_event: Callable[[Event], None] | None = None,
 ) -> Fits:
-    """Fits one avatar a person and writes each to `out / <method> / <subject>`.
+    """Fits one avatar a person and writes each to `out / fits_name(method, source) / <subject>`.
 
     May be called again at any time: what is finished with the same configuration and the same shards is kept,
     what was interrupted goes on from its checkpoint, what failed is tried anew. On several machines
@@ -82,11 +94,13 @@ def fit_subjects(
         method: a method ("flashavatar": its recipe for GPUs where actors have one, else the one for CPUs), a
             recipe
             in `train.fits.RECIPES`, or a configuration.
-        shards_folder: packed shards.
+        shards_folder: packed shards; None when `captures` is given.
         out: where results go.
-        split: whose subjects: "train" or "heldout".
+        source: what of a person is fitted to, its first input set when None.
+        captures: a capture, or a folder of captures, of any layout that `shards.read_capture` knows.
+        head: the parametric head to fit on, the configuration's when None.
+        split: whose subjects: "train" or "heldout"; of captures all are fitted.
         subjects: only these.
-        input_set: which of a subject's input sets to fit to.
         workers: actors at work at the same time; as many as the machine's CPUs (or GPUs) allow when None.
         cpus_per_actor: CPUs, and threads, of each.
         gpus_per_actor: GPUs of each, fractions allowed; 0 fits on the CPU. None is one where this machine has
@@ -97,43 +111,43 @@ def fit_subjects(
         on_event: progress, called in this process: `Event.report` has "step", "steps" and "loss".
 
     Returns:
-        One result a subject, in the order of the shards, failures included.
+        One result a subject, in the order of the shards or of the captures' names, failures included.
 
     Raises:
-        UserError: no such recipe, shards, split or subject, or no room for an actor. What is wrong with one
+        UserError: no such recipe, shards, captures, split or subject, or no room for an actor. What is wrong with one
             subject is in its result and stops nobody else.
     """
-    from shards import open_shards
-    from train.fits import fit_key
+    from train.fits import FitSource, fit_key
 
+    source = source or FitSource()
     if gpus_per_actor is None:
         gpus_per_actor = float(gpus_here() > 0)
-    config = _configuration(method, gpus_per_actor > 0)
-    shards = open_shards(shards_folder, split)
-    chosen = _choose(shards.subjects, subjects, split)
+    config = _configuration(method, gpus_per_actor > 0, source, head)
+    people = _captures(captures) if captures is not None else _packed(shards_folder, split)
+    chosen = _choose(people, subjects, str(captures) if captures is not None else f"the split {split!r}")
     tell = on_event or (lambda event: None)
+    name = fits_name(config.method, source)
 
     found: dict[str, FitResult] = {}
     jobs = []
     for subject in chosen:
-        folder = Path(out) / config.method / subject
-        hashes = [shard.sha256 for shard in shards.manifest.split(split) if shard.subject == subject]
-        key = fit_key(config, {"subject": subject, "input_set": input_set, "shards": hashes})
+        folder = Path(out) / name / subject
+        key = fit_key(config, {"subject": subject, "source": asdict(source), **people[subject]["identity"]})
         try:
             kept = read_result(folder)
         except UserError as error:
-            found[subject] = FitResult(config.method, subject, "failed", folder, error=str(error))
+            found[subject] = FitResult(name, subject, "failed", folder, error=str(error))
             tell(Event("failed", subject, {"error": str(error)}))
             continue
         if kept is not None and kept["config_hash"] == key:
-            found[subject] = FitResult(config.method, subject, "kept", folder, kept)
+            found[subject] = FitResult(name, subject, "kept", folder, kept)
             continue
         arguments = {
             "config": config,
-            "shards": str(Path(shards_folder).resolve()),
-            "split": split,
+            "source": source,
+            "place": people[subject]["place"],
+            "method": name,
             "subject": subject,
-            "input_set": input_set,
             "folder": str(folder.resolve()),
             "key": key,
             "gpu": gpus_per_actor > 0,
@@ -156,9 +170,9 @@ def fit_subjects(
                 on_event=on_event,
             )
         for outcome in outcomes:
-            folder = Path(out) / config.method / outcome.name
+            folder = Path(out) / name / outcome.name
             found[outcome.name] = FitResult(
-                config.method,
+                name,
                 outcome.name,
                 "fitted" if outcome.error is None else "failed",
                 folder,
@@ -183,8 +197,8 @@ def fit_one(arguments: dict[str, Any], report: Report) -> dict[str, Any]:
     import torch
 
     from eval.provenance import hardware
-    from shards import open_shards
     from train.fits.fit import forget_checkpoint, run_fit
+    from train.fits.heldout import measure_held_out
 
     config, folder = arguments["config"], Path(arguments["folder"])
     device = "cuda" if arguments["gpu"] and torch.cuda.is_available() else "cpu"
@@ -192,15 +206,7 @@ def fit_one(arguments: dict[str, Any], report: Report) -> dict[str, Any]:
         raise UserError(
             "GPUs were asked for and PyTorch sees none in the actor; run `headsplat doctor` on its node."
         )
-    subject = open_shards(arguments["shards"], arguments["split"]).read(arguments["subject"])
-    number = arguments["input_set"]
-    if number >= len(subject.input_sets):
-        raise UserError(
-            f"{arguments['subject']} has {len(subject.input_sets)} input sets and number {number} was asked "
-            "for; "
-            "numbers start at 0."
-        )
-    inputs = subject.input_sets[number]
+    inputs, held = _pictures(arguments["place"], arguments["subject"], arguments["source"])
     last: dict[str, float] = {}
 
     def on_step(step: int, steps: int, losses: dict[str, float]) -> None:
@@ -213,16 +219,18 @@ def fit_one(arguments: dict[str, Any], report: Report) -> dict[str, Any]:
     result = {
         "format": FORMAT,
         "schema": 1,
-        "method": config.method,
+        "method": arguments["method"],
         "subject": arguments["subject"],
         "config_hash": arguments["key"],
         "seconds": round(fitted.seconds, 3),
         "steps": config.steps,
         "resumed_from": fitted.resumed_from,
         "losses": last,
+        "held_out": None if held is None else measure_held_out(fitted.avatar, held, device)[0],
         "hardware": hardware(),
         "notes": list(fitted.notes),
         "config": asdict(config),
+        "source": asdict(arguments["source"]),
         "inputs": inputs.provenance,
     }
     part = folder / f"{RESULT}.part"
@@ -269,29 +277,105 @@ def results_table(fits: Fits) -> Table:
     from rich.table import Table
 
     table = Table(title="Fits")
-    for heading in ("method", "subject", "status", "seconds", "attempts", "loss or reason"):
-        table.add_column(heading, justify="right" if heading in ("seconds", "attempts") else "left")
+    numbers = ("seconds", "attempts", "held-out PSNR")
+    for heading in ("method", "subject", "status", *numbers, "loss or reason"):
+        table.add_column(heading, justify="right" if heading in numbers else "left")
     for result in fits.results:
         loss = result.result.get("losses", {}).get("loss")
         reason = result.error or ("" if loss is None else f"{loss:.5f}")
         seconds = result.result.get("seconds")
+        quality = (result.result.get("held_out") or {}).get("psnr")
         table.add_row(
             result.method,
             result.subject,
             result.status,
             "" if seconds is None else f"{seconds:.1f}",
             str(result.attempts or ""),
+            "" if quality is None else f"{quality:.2f}",
             reason,
         )
     return table
 
 
-def _configuration(method: str | FitConfig, gpu: bool) -> FitConfig:
-    from train.fits import RECIPES
+def fits_name(method: str, source: FitSource) -> str:
+    """What fits of a method from a source are called, in folders and tables: "flashavatar", "flashavatar-video"."""
+    return method if source.pictures == "inputs" else f"{method}-{source.pictures}"
 
+
+def _packed(folder: str | Path | None, split: str) -> dict[str, dict[str, Any]]:
+    """Where each subject of shards is, and what tells its content from another."""
+    from shards import open_shards
+
+    if folder is None:
+        raise UserError("A fit needs pictures: give a folder of shards (--data) or of captures (--captures).")
+    shards = open_shards(folder, split)
+    people: dict[str, dict[str, Any]] = {}
+    for subject in shards.subjects:
+        hashes = [shard.sha256 for shard in shards.manifest.split(split) if shard.subject == subject]
+        place = {"shards": str(Path(folder).resolve()), "split": split}
+        people[subject] = {"place": place, "identity": {"shards": hashes}}
+    return people
+
+
+def _captures(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The capture in a folder, or each folder in it, by name. Captures are opened by those who fit them."""
+    from shards import read_capture
+
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; --captures is a capture, or a folder of captures.")
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        read_capture(folder)
+        found = [folder]
+    except UserError:
+        found = inside
+    if not found:
+        raise UserError(f"{folder} holds no captures; --captures is a capture, or a folder of captures.")
+    return {
+        path.name: {"place": {"capture": str(path)}, "identity": {"capture": _fingerprint(path)}}
+        for path in found
+    }
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes with the names and sizes of a capture's files and of its tracker's."""
+    from shards.readers.metrical import checkpoint_folder
+
+    tracked = checkpoint_folder(folder)
+    files = [(path, folder) for path in folder.rglob("*")]
+    if tracked is not None and folder not in tracked.parents:
+        files += [(path, tracked) for path in tracked.glob("*.frame")]
+    digest = hashlib.sha256()
+    for name, size in sorted(
+        (str(path.relative_to(top)), path.stat().st_size) for path, top in files if path.is_file()
+    ):
+        digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _pictures(place: dict[str, str], subject: str, source: FitSource) -> tuple[Any, FitPictures | None]:
+    """What a fit is made from, and what is kept to measure it on where the source decides that."""
+    from shards import open_shards, read_capture
+    from train.fits.pictures import from_capture, from_shards
+
+    if "capture" in place:
+        return from_capture(read_capture(place["capture"]), source)
+    return from_shards(open_shards(place["shards"], place["split"]).read(subject), source), None
+
+
+def _configuration(method: str | FitConfig, gpu: bool, source: FitSource, head: str | None) -> FitConfig:
     if not isinstance(method, str):
         return method
-    for name in (method, f"{method}-{'gpu' if gpu else 'cpu'}"):
+    config: Any = _recipe(method, gpu, source)
+    return config if head is None else replace(config, model=replace(config.model, head=head))
+
+
+def _recipe(method: str, gpu: bool, source: FitSource) -> FitConfig:
+    from train.fits import RECIPES
+
+    many = "" if source.pictures == "inputs" else "-many"
+    for name in (method, f"{method}-{'gpu' if gpu else 'cpu'}{many}"):
         if name in RECIPES:
             return RECIPES[name]()
     methods = sorted({name.partition("-")[0] for name in RECIPES})
@@ -301,16 +385,14 @@ def _configuration(method: str | FitConfig, gpu: bool) -> FitConfig:
     )
 
 
-def _choose(there: Iterable[str], wanted: Iterable[str] | None, split: str) -> list[str]:
+def _choose(there: Iterable[str], wanted: Iterable[str] | None, where: str) -> list[str]:
     there = list(there)
     if wanted is None:
         return there
     wanted = list(dict.fromkeys(wanted))
     for subject in wanted:
         if subject not in there:
-            raise UserError(
-                f"There is no subject {subject!r} in the split {split!r}; there are {', '.join(there)}."
-            )
+            raise UserError(f"There is no subject {subject!r} in {where}; there are {', '.join(there)}.")
     return wanted
 
 

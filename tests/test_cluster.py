@@ -20,6 +20,7 @@ from avatars.method import load_avatar
 from cluster.fit import FitResult, Fits, fit_one, fit_subjects, read_result, results_table
 from cluster.pool import Job, run_jobs
 from cluster.session import ray_session
+from train.fits import FitSource
 from train.fits.fit import CHECKPOINT
 from train.fits.flashavatar import FlashAvatarFitConfig
 
@@ -213,7 +214,9 @@ def test_what_is_wrong_with_one_person_stops_nobody_else(shards, tmp_path):
     assert list(fits.failures) == ["s01"]
     assert [p.name for p in foreign.iterdir()] == ["holiday.jpg"]
 
-    (far,) = fit_subjects(CONFIG, shards, tmp_path / "far", subjects=["s02"], input_set=7).results
+    (far,) = fit_subjects(
+        CONFIG, shards, tmp_path / "far", subjects=["s02"], source=FitSource(input_set=7)
+    ).results
     assert far.error is not None
     assert "has 1 input sets and number 7 was asked for" in far.error
     assert far.attempts == 1  # trying again would not help

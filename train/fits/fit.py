@@ -21,6 +21,7 @@ import torch
 from avatars.errors import UserError
 from avatars.inputs import InputSet
 from avatars.method import Avatar
+from train.fits.pictures import FitPictures
 
 __all__ = ["Fit", "FitConfig", "FitProgress", "Fitted", "fit_key", "forget_checkpoint", "run_fit"]
 
@@ -87,7 +88,7 @@ class FitConfig(Protocol):
         """Steps between checkpoints."""
         ...
 
-    def build(self, inputs: InputSet, device: str = "cpu") -> Fit:
+    def build(self, inputs: InputSet | FitPictures, device: str = "cpu") -> Fit:
         """A fit at step 0.
 
         Raises:
@@ -111,7 +112,7 @@ def fit_key(config: FitConfig, inputs: Any = None) -> str:
 
 def run_fit(
     config: FitConfig,
-    inputs: InputSet,
+    inputs: InputSet | FitPictures,
     folder: str | Path,
     *,
     key: str | None = None,

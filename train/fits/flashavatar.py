@@ -24,7 +24,9 @@ __all__ = [
     "FlashAvatarFit",
     "FlashAvatarFitConfig",
     "flashavatar_cpu",
+    "flashavatar_cpu_many",
     "flashavatar_gpu",
+    "flashavatar_gpu_many",
     "flashavatar_paper",
 ]
 
@@ -144,7 +146,7 @@ def flashavatar_paper() -> FlashAvatarFitConfig:
 
 
 def flashavatar_gpu() -> FlashAvatarFitConfig:
-    """The paper's sizes and rates with our start and switches, for few pictures or many; minutes on a GPU."""
+    """The paper's sizes and rates with our start and switches, for a few pictures; minutes on a GPU."""
     return FlashAvatarFitConfig(
         steps=10_000,
         checkpoint_every=1_000,
@@ -168,6 +170,18 @@ def flashavatar_cpu() -> FlashAvatarFitConfig:
         final_rate=0.1,
         **OURS,
     )
+
+
+def flashavatar_gpu_many() -> FlashAvatarFitConfig:
+    """`flashavatar_gpu` for hundreds of pictures: they say themselves how the expression moves the Gaussians."""
+    return replace(flashavatar_gpu(), steps=30_000, lpips_from=10_000, expression_dropout=0.0)
+
+
+def flashavatar_cpu_many() -> FlashAvatarFitConfig:
+    """An avatar of the paper's 128² from hundreds of pictures of about 128 pixels; some minutes on one CPU core."""
+    few = flashavatar_cpu()
+    model = FlashAvatarConfig(uv_resolution=128, sh_degree=1, mlp_width=64, mlp_layers=3)
+    return replace(few, model=model, steps=4_000, checkpoint_every=500, expression_dropout=0.0)
 
 
 class FlashAvatarFit:
