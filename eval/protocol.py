@@ -19,7 +19,7 @@ from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.files import write_whole
 from eval.hashing import canonical_json, short_hash
-from eval.metrics import AKD, CSIM, LPIPS, PSNR, PSNR_MASKED, SSIM, SSIM_MASKED, Definition
+from eval.metrics import AKD_MTCNN, CSIM_FACENET, LPIPS, PSNR, PSNR_MASKED, SSIM, SSIM_MASKED, Definition
 
 if TYPE_CHECKING:
     from shards import ShardSet
@@ -37,7 +37,7 @@ __all__ = [
     "write_protocol",
 ]
 
-ALL_METRICS = (PSNR, SSIM, PSNR_MASKED, SSIM_MASKED, LPIPS, AKD, CSIM)
+ALL_METRICS = (PSNR, SSIM, PSNR_MASKED, SSIM_MASKED, LPIPS, AKD_MTCNN, CSIM_FACENET)
 
 MASK_RULE = "prediction and target over the background; no crop; mask >= 0.5 for the metrics in mask"
 ROUNDING = "prediction clamped to [0, 1] and rounded to 8 bits; target as stored"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from eval.meter import Meter
 from eval.metrics import (
-    AKD,
-    CSIM,
+    AKD_MTCNN,
+    CSIM_FACENET,
     LPIPS,
     LPIPS_SQUEEZE,
     PSNR,
@@ -160,7 +160,7 @@ def test_weights_are_found_in_torchs_hub_folder_too(weights_folder, tmp_path):
 
 
 def test_akd_is_the_distance_of_landmarks_in_pixels(portrait):
-    judge = load_judge(AKD)
+    judge = load_judge(AKD_MTCNN)
     moved = portrait.roll((3, 4), dims=(-2, -1))  # down 3, right 4: every point moves by 5
     same, shifted, none = judge.measure(
         Pictures(torch.cat([portrait, moved, torch.zeros_like(portrait)])),
@@ -177,9 +177,9 @@ def test_csim_is_the_cosine_of_embeddings(weights_folder, portrait):
 
     torch.manual_seed(0)
     network = InceptionResnetV1(classify=True, num_classes=2)  # published files carry a classifier as well
-    path = weights_folder / CSIM.weights[0][0]
+    path = weights_folder / CSIM_FACENET.weights[0][0]
     torch.save(network.state_dict(), path)
-    judge = load_judge(CSIM)
+    judge = load_judge(CSIM_FACENET)
     noise = torch.rand(portrait.shape, generator=torch.Generator().manual_seed(0))
     prediction = Pictures(torch.cat([portrait, noise, portrait]))
     target = Pictures(torch.cat([portrait, portrait, torch.zeros_like(portrait)]))
@@ -189,13 +189,13 @@ def test_csim_is_the_cosine_of_embeddings(weights_folder, portrait):
     assert none is None
     path.write_bytes(b"not weights")
     with pytest.raises(NotAvailable, match="does not load as InceptionResnetV1"):
-        load_judge(CSIM)
+        load_judge(CSIM_FACENET)
 
 
 def test_a_meter_measures_what_it_can_and_says_why_not(weights_folder, portrait):
-    unknown = replace(AKD, key="akd98", network="pipnet-98")
+    unknown = replace(AKD_MTCNN, key="akd99", network="points-99")
     formula = replace(PSNR, key="psnr_hvs")
-    meter = Meter((PSNR, PSNR_MASKED, SSIM, LPIPS, AKD, CSIM, unknown, formula))
+    meter = Meter((PSNR, PSNR_MASKED, SSIM, LPIPS, AKD_MTCNN, CSIM_FACENET, unknown, formula))
     masks = torch.ones(3, 1, *portrait.shape[-2:])
     masks[2] = 0
     target = Pictures(torch.cat([portrait, torch.zeros_like(portrait), portrait]))
@@ -204,21 +204,21 @@ def test_a_meter_measures_what_it_can_and_says_why_not(weights_folder, portrait)
     assert measured[0]["psnr"] == PSNR_CAP
     assert measured[2]["psnr_masked"] is None
     score = meter.score(measured)
-    assert score.left_out == {"psnr_masked": 1, "akd": 1}
+    assert score.left_out == {"psnr_masked": 1, "akd/mtcnn-5": 1}
     assert score.values["psnr"] == pytest.approx(sum(one["psnr"] for one in measured) / 3)
     assert score.values["psnr_masked"] == PSNR_CAP
-    assert set(score.values) == {"psnr", "psnr_masked", "ssim", "akd"}
-    assert set(score.missing) == {"lpips", "csim", "akd98", "psnr_hvs"}
+    assert set(score.values) == {"psnr", "psnr_masked", "ssim", "akd/mtcnn-5"}
+    assert set(score.missing) == {"lpips", "csim/facenet-vggface2", "akd99", "psnr_hvs"}
     assert all(reason.startswith("not available: ") for reason in score.missing.values())
-    assert set(meter.weights) == {"akd"}
+    assert set(meter.weights) == {"akd/mtcnn-5"}
 
 
 def test_a_metric_that_judged_no_picture_has_no_number():
-    meter = Meter((PSNR_MASKED, AKD))
+    meter = Meter((PSNR_MASKED, AKD_MTCNN))
     black = Pictures(torch.zeros(2, 3, 64, 64))
     score = meter.score(meter.measure(black, black, torch.zeros(2, 1, 64, 64)))
     assert score.values == {}
-    assert score.missing["akd"] == "not available: a face was found in none of the 2 pictures"
+    assert score.missing["akd/mtcnn-5"] == "not available: a face was found in none of the 2 pictures"
     assert score.missing["psnr_masked"] == "not available: the mask covers anything in none of the 2 pictures"
 
 
