@@ -13,6 +13,7 @@ Shape letters: N pictures, E pairs, M observations of a picture (the pairs it is
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Aligned:
         start_loss: the objective after the closed-form start, on the coarse grid.
         loss: the objective at the end, on all pixels.
         steps: accepted Gauss-Newton steps.
+        seconds: that the "similarities" and the "depths" took.
     """
 
     positions: Tensor
@@ -71,6 +73,7 @@ class Aligned:
     start_loss: float
     loss: float
     steps: int
+    seconds: dict[str, float]
 
 
 def align(maps: PairMaps, cameras: Cameras, masks: Tensor | None = None, *, coarse: int = COARSE) -> Aligned:
@@ -108,9 +111,12 @@ def align(maps: PairMaps, cameras: Cameras, masks: Tensor | None = None, *, coar
         maps.pairs, maps.points, weights, rays, origins, cameras.camera_to_world, LEAST_DISTANCE * scale
     )
     with _one_thread(maps.points.device):
+        times = [time.perf_counter()]
         coarser = problem.coarser(stride)
         similarities, start_loss, steps = coarser.solve(coarser.start())
+        times.append(time.perf_counter())
         depth, loss = problem.depths(similarities)  # (N, H W)
+        times.append(time.perf_counter())
     depth = depth.view(views, 1, height, width)
     confidence = torch.ones_like(depth)
     for (i, j), pair in zip(maps.pairs, maps.confidence, strict=True):
@@ -120,7 +126,10 @@ def align(maps: PairMaps, cameras: Cameras, masks: Tensor | None = None, *, coar
         )
     if masks is not None:
         confidence = torch.where(masks > 0, confidence, torch.ones_like(confidence))
-    return Aligned(origins[:, :, None, None] + depth * rays, confidence, depth, start_loss, loss, steps)
+    seconds = {"similarities": times[1] - times[0], "depths": times[2] - times[1]}
+    return Aligned(
+        origins[:, :, None, None] + depth * rays, confidence, depth, start_loss, loss, steps, seconds
+    )
 
 
 def check_overlap(cameras: Cameras, size: tuple[int, int]) -> None:
