@@ -55,7 +55,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
             judge(t, own, means, wishes["skipped"] > 0, step)
             watch.enter("the optimiser's step", config.guard.step_seconds)
             t.engine.step()
-            means["grad_norm"] = gradient_norm(t.engine, own.ids, step)
+            means |= gradient_norm(t.engine, own.ids, step)
             if t.ema:
                 t.ema.update()
             watch.warm()
@@ -191,15 +191,18 @@ def left_out(t: Training, own: Tally, step: int, nothing_left: bool) -> None:
     t.log.say(f"step {step + 1}: left out {names}, whose loss is not finite ({t.skips} of {most})")
 
 
-def gradient_norm(engine: Any, ids: list[str], step: int) -> float:
-    """Norm of the step's whole gradient, before clipping.
+def gradient_norm(engine: Any, ids: list[str], step: int) -> dict[str, float]:
+    """Norm of the step's whole gradient before clipping, where DeepSpeed tells it (not at ZeRO 0).
 
     Raises:
         SharedFailure: it is not finite.
     """
-    norm = float(engine.get_global_grad_norm() or 0.0)
+    told = engine.get_global_grad_norm()
+    if told is None:
+        return {}
+    norm = float(told)
     require_finite("gradient", norm, norm, ids, step)
-    return norm
+    return {"grad_norm": norm}
 
 
 def tell_nodes(log: RunLog, done: int) -> None:

@@ -197,6 +197,14 @@ def deepspeed_engine(module: nn.Module, values: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=values
     )
+    if values["zero_optimization"]["stage"] == 3:
+        # ZeRO 3 fetches a module's own parameters again for the backward pass only where the module returns tensors;
+        # the whole network does, whatever a part of it returns.
+        for part in engine.module.modules():
+            for parameter in (
+                part.parameters(recurse=False) if next(part.children(), None) is not None else ()
+            ):
+                deepspeed.zero.register_external_parameter(engine.module, parameter)
     return engine
 
 
