@@ -63,6 +63,22 @@ def test_expressions_move_what_their_names_say(head):
     assert len(head.expression_names) == len(set(head.expression_names)) == 52
 
 
+def test_upper_teeth_close_over_the_lower_ones_and_show_in_a_smile(head):
+    still = head.vertices(*zeros(head))[0]
+    teeth = head.faces[head.regions["teeth"]].unique()
+    front = teeth[(still[teeth, 0].abs() < 0.01) & (still[teeth, 2] > 0.07)]
+    upper, lower = front[head.skinning[front, 2] <= 0.5], front[head.skinning[front, 2] > 0.5]
+    assert 0.001 < still[lower, 1].max() - still[upper, 1].min() < 0.003  # the bite
+    assert still[upper, 2].max() > still[lower, 2].max() + 0.001
+    inner_lip = head.landmarks68[62]
+    assert still[upper, 2].max() < still[inner_lip, 2]  # behind the lips
+    weights = dict.fromkeys(
+        ("mouthUpperUpLeft", "mouthUpperUpRight", "mouthSmileLeft", "mouthSmileRight"), 0.7
+    )
+    grin = head.vertices(zeros(head)[0], expression(head, **weights))[0]
+    assert grin[inner_lip, 1] > still[upper, 1].min() + 0.003
+
+
 def test_faces_have_exactly_one_label(head):
     masks = torch.stack([head.regions[name] for name in makehuman.LABELS])
     assert (masks.sum(0) == 1).all()

@@ -99,6 +99,9 @@ LANDMARKS68: tuple[int, ...] = (
 )  # fmt: skip
 
 ORIGIN = np.array([0.0, 7.15, 0.65])  # decimetres: the middle of the head, a little below the eyes
+# Metres. The source's upper teeth end above the lips' line and behind the lower ones; people's cover them by a bite of
+# two millimetres and show when they smile.
+OVERBITE = np.array([0.0, -0.0025, 0.0015])
 NECK_RINGS = (
     4  # rings of body quads kept below the wheel's own head segmentation: 13 cm of neck below the chin
 )
@@ -175,6 +178,8 @@ def build(data: Path, *, n_identity: int = N_IDENTITY, check_hash: bool = True) 
 
     template = gather @ (base.vertices - ORIGIN) * 0.1
     on_face = (template[:, 1] > -0.06) & (np.arange(len(template)) < mesh.n_skin)
+    upper = np.unique(base.quads[base.groups == "helper-upper-teeth"])
+    template[[mesh.lookup[int(i)] for i in upper]] += OVERBITE
     macro, local = identity_targets(data)
     targets = {**macro, **local}
     deltas = np.stack([gather @ dense(targets[name]) * 0.1 for name in targets])  # (T, V + J, 3)

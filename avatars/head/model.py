@@ -17,7 +17,7 @@ from avatars.head.cache import cache_folder, save_npz_atomically
 
 __all__ = ["ParametricHead"]
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 class ParametricHead(nn.Module):

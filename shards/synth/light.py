@@ -59,7 +59,7 @@ def draw_light(rng: np.random.Generator) -> Light:
     for azimuth, elevation, power, width in lamps:
         a, e = np.radians(azimuth), np.radians(elevation)
         d = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
-        warmth = rng.normal(0, 0.05)
+        warmth = np.clip(rng.normal(0, 0.05), -0.05, 0.1)
         color = power * np.array([1 + warmth, 1.0, 1 - warmth])
         lobe = np.exp((directions @ d - 1) / width**2)
         radiance += lobe[:, None] / lobe.sum() * color * len(directions) / 4

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["depth_buffer", "draw", "visibility"]
+__all__ = ["depth_buffer", "draw", "sample_lattice", "visibility"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -316,3 +316,28 @@ def draw(
             image[i, j, 1] = green * weight
             image[i, j, 2] = blue * weight
             coverage[i, j] = covered * weight
+
+
+@numba.njit(cache=True, boundscheck=False)
+def sample_lattice(
+    lattice: NDArray[np.float64], points: NDArray[np.float64], frequency: float, offset: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Trilinear values (P,) of a periodic lattice (N, N, N) at points (P, 3) * frequency + offset (3,)."""
+    n = lattice.shape[0]
+    out = np.empty(len(points))
+    for k in range(len(points)):
+        x = points[k, 0] * frequency + offset[0]
+        y = points[k, 1] * frequency + offset[1]
+        z = points[k, 2] * frequency + offset[2]
+        i, j, m = math.floor(x), math.floor(y), math.floor(z)
+        u, v, w = x - i, y - j, z - m
+        i0, j0, m0 = int(i) % n, int(j) % n, int(m) % n
+        i1, j1, m1 = (i0 + 1) % n, (j0 + 1) % n, (m0 + 1) % n
+        low = (lattice[i0, j0, m0] * (1 - w) + lattice[i0, j0, m1] * w) * (1 - v) + (
+            lattice[i0, j1, m0] * (1 - w) + lattice[i0, j1, m1] * w
+        ) * v
+        high = (lattice[i1, j0, m0] * (1 - w) + lattice[i1, j0, m1] * w) * (1 - v) + (
+            lattice[i1, j1, m0] * (1 - w) + lattice[i1, j1, m1] * w
+        ) * v
+        out[k] = low * (1 - u) + high * u
+    return out

@@ -15,6 +15,7 @@ from scipy import ndimage
 from avatars.head import ParametricHead
 from avatars.head.geometry import rasterize_uv
 from avatars.head.makehuman import LABELS, MASKS, hairline
+from shards.synth.raster import sample_lattice
 
 __all__ = ["Complexion", "albedo", "draw_complexion"]
 
@@ -84,7 +85,7 @@ def draw_complexion(rng: np.random.Generator, masculinity: float, age: float) ->
     jitter = np.exp(rng.normal(0, 0.15) + rng.normal(0, 0.04, 3))
     return Complexion(
         tone=tone,
-        warmth=rng.normal(0, 0.04),
+        warmth=float(np.clip(rng.normal(0.01, 0.03), -0.02, 0.07)),  # no corpses
         redness=rng.uniform(0.3, 1.2),
         freckles=max(rng.normal(-0.2, 0.5), 0.0) * (0.3 if dark else 1.0),
         stubble=float(np.clip(rng.normal(0.35, 0.35), 0, 1)) if male else 0.0,
@@ -145,8 +146,8 @@ def noise(position: Array, frequency: float, rng: np.random.Generator) -> Array:
     """Band-limited value noise in about [−1, 1] of points (..., 3), `frequency` in lumps per metre."""
     lattice = ndimage.gaussian_filter(rng.normal(size=(24, 24, 24)), 0.6, mode="wrap")
     lattice /= 2 * lattice.std()  # two deviations reach one
-    where = position.reshape(-1, 3).T * frequency + rng.uniform(0, 24, (3, 1))
-    return ndimage.map_coordinates(lattice, where, order=1, mode="grid-wrap").reshape(position.shape[:-1])
+    offset = rng.uniform(0, 24, (3, 1))[:, 0]
+    return sample_lattice(lattice, position.reshape(-1, 3), frequency, offset).reshape(position.shape[:-1])
 
 
 def blob(position: Array, centre: tuple[float, float, float], radius: float) -> Array:
@@ -255,14 +256,13 @@ def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArr
         + 0.5 * smoothstep(0.25, 0.8, lips)
     )
     oil *= (1 - 0.85 * np.clip(scalp, 0, 1)) * (1 - 0.6 * brow) * (1 - 0.5 * beard)
-    flesh = {"mouth": (0.20, 0.055, 0.05), "tongue": (0.42, 0.16, 0.15)}
-    parts = {name: np.array(value) * (1 + mottle)[..., None] for name, value in flesh.items()}
-    parts["socket"] = np.broadcast_to(base * np.array([0.80, 0.50, 0.48]), color.shape)
-    parts["teeth"] = _teeth(lay)
-    parts["eye"] = _eyes(lay, look)
-    parts["boundary"] = np.full(color.shape, 0.02)
-    for name, value in parts.items():
-        color = np.where((lay.label == LABELS.index(name))[..., None], value, color)
+    here = {name: lay.label == k for k, name in enumerate(LABELS)}
+    for name, flesh in (("mouth", (0.20, 0.055, 0.05)), ("tongue", (0.42, 0.16, 0.15))):
+        color[here[name]] = np.array(flesh) * (1 + mottle[here[name]])[:, None]
+    color[here["socket"]] = base * np.array([0.80, 0.50, 0.48])
+    color[here["teeth"]] = _teeth(p[here["teeth"]], lay.uv[here["teeth"]])
+    color[here["eye"]] = _eyes(lay.eye_axis[here["eye"]], look)
+    color[here["boundary"]] = 0.02
     rgb = np.clip(color, 0.002, 0.95)
     return np.concatenate([rgb, np.clip(oil, 0, 2)[..., None]], axis=-1).astype(np.float32)
 
@@ -278,20 +278,18 @@ def _moles(lay: Layout, rng: np.random.Generator) -> Array:
     return out
 
 
-def _teeth(lay: Layout) -> Array:
-    """Enamel with dark gaps between the teeth, gums towards the roots."""
-    p = lay.position
+def _teeth(p: Array, uv: Array) -> Array:
+    """Enamel with dark gaps between the teeth, gums towards the roots, at positions (n, 3) with uv (n, 2)."""
     angle = np.arctan2(p[..., 0], p[..., 2] - 0.03)
     gap = np.exp(-(((np.abs(np.sin(angle * 10.5)) - 0.0) / 0.10) ** 2))
-    upper = lay.uv[..., 1] > 0.1435
-    root = np.where(upper, smoothstep(-0.0385, -0.0355, p[..., 1]), smoothstep(-0.0600, -0.0630, p[..., 1]))
+    upper = uv[..., 1] > 0.1435
+    root = np.where(upper, smoothstep(-0.0410, -0.0380, p[..., 1]), smoothstep(-0.0600, -0.0630, p[..., 1]))
     enamel = np.array([0.66, 0.61, 0.50]) * (1 - 0.5 * gap)[..., None]
     return enamel + root[..., None] * (np.array([0.42, 0.17, 0.16]) - enamel)
 
 
-def _eyes(lay: Layout, look: Complexion) -> Array:
-    """Sclera, limbal ring, iris with radial fibres, pupil; by distance from the front pole (metres)."""
-    d = lay.eye_axis
+def _eyes(d: Array, look: Complexion) -> Array:
+    """Sclera, limbal ring, iris with radial fibres, pupil; d (n, 3) is the place from the front pole in metres."""
     radius = np.hypot(d[..., 0], d[..., 1])
     angle = np.arctan2(d[..., 1], d[..., 0])
     behind = d[..., 2] < -0.0145
