@@ -211,6 +211,12 @@ class FlashAvatarFit:
                 f"{inputs.expressions.shape[1]} numbers and the head {config.model.head!r} takes "
                 f"{head.n_expression}."
             )
+        kind = getattr(head, "expression_kind", inputs.expression_kind)
+        if kind != inputs.expression_kind:
+            raise UserError(
+                f"The pictures of {inputs.subject} have {inputs.expression_kind} codes and the head "
+                f"{config.model.head!r} is driven by {kind}; track them with that head."
+            )
         self.config = config
         self.step = 0
         self.notes: list[str] = []
