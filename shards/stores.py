@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import tarfile
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from shards.tarfiles import Data, Scratch
 
 __all__ = ["RemoteFolder", "ShardCache", "StreamReader", "is_remote"]
 
+BLOCK = tarfile.BLOCKSIZE
 LOOK_BACK = 4  # samples that a stream keeps: threads may ask for neighbours in the wrong order
 CHUNK = 1 << 20
 
@@ -74,10 +76,24 @@ class RemoteFolder:
             return {}
         return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
-    def open(self, name: str) -> IO[bytes]:
-        """A file, to be read from front to back."""
-        file: IO[bytes] = self._try(name, lambda: self._files.open(f"{self._root}/{name}", "rb"))
-        return file
+    def open(self, name: str) -> tuple[IO[bytes], bytes]:
+        """A file, to be read from front to back, and what it begins with."""
+
+        def begin() -> tuple[IO[bytes], bytes]:
+            file: IO[bytes] = self._files.open(f"{self._root}/{name}", "rb")
+            try:
+                start = file.read(BLOCK)  # many stores say only now that they cannot
+                file.seek(0)
+            except BaseException:
+                file.close()
+                raise
+            return file, start
+
+        return self._try(name, begin)
+
+    def insist(self, name: str, action: Callable[[], T]) -> T:
+        """Does something with a file that may fail now and then; see `attempts`."""
+        return self._try(name, action)
 
     def fetch(self, name: str, target: Path, sha256: str) -> None:
         """Copies a file, whole and with the right hash or not at all."""
@@ -107,7 +123,7 @@ class RemoteFolder:
         for attempt in range(1, self._attempts + 1):
             try:
                 return action()
-            except FileNotFoundError:
+            except (FileNotFoundError, UserError):
                 raise
             except Exception as error:  # every kind of storage has its own exceptions
                 if attempt == self._attempts:
@@ -192,18 +208,24 @@ class StreamReader:
     @property
     def keys(self) -> list[str]:
         """Names of the samples; reads the shard to its end."""
-        found = []
-        with self._lock:
+
+        def walk() -> list[str]:
+            found = []
             self._open()
             while (sample := self._next()) is not None:
                 found.append(sample["__key__"])
             self._samples = None
-        return found
+            return found
+
+        with self._lock:
+            return self._remote.insist(self.path.name, walk)
 
     def read(self, key: str, wanted: list[str], scratch: Scratch | None = None) -> dict[str, Data]:
         """The bytes of the `wanted` extensions of one sample; `scratch` is not needed here."""
         with self._lock:
-            sample = self._kept.get(key) or self._forward(key) or self._again(key)
+            sample = self._kept.get(key) or self._remote.insist(
+                self.path.name, lambda: self._forward(key) or self._again(key)
+            )
         if sample is None:
             raise UserError(
                 f"{self._where} ends without {key}: it is cut short or another file. Copy the shard again."
@@ -234,12 +256,10 @@ class StreamReader:
         self.close()
         self._kept.clear()
         try:
-            self._file = self._remote.open(self.path.name)
-            start = self._file.read(262)
-            self._file.seek(0)
+            self._file, start = self._remote.open(self.path.name)
         except FileNotFoundError:
             raise UserError(f"{self._where} is not there. Upload the shards again.") from None
-        if start[257:] != b"ustar":  # WebDataset would also inflate a compressed tar, however large
+        if start[257:262] != b"ustar":  # WebDataset would also inflate a compressed tar, however large
             raise UserError(f"{self._where} is not a plain tar. Pack or copy the shards again.")
         files = tar_file_expander([{"url": self._where, "stream": self._file}])
         self._samples = iter(group_by_keys(files))
@@ -247,7 +267,10 @@ class StreamReader:
     def _next(self) -> dict[str, Any] | None:
         try:
             return next(self._samples, None) if self._samples is not None else None
-        except Exception as error:  # tarfile's, the storage's, and WebDataset adds the stream to any
+        except OSError:  # the storage's: opened anew and read up to here again
+            self._samples = None
+            raise
+        except Exception as error:  # tarfile's, and WebDataset adds the stream to any
             self._samples = None
             raise UserError(
                 f"{self._where} cannot be read to its end ({error!r:.200}). Copy it again."
