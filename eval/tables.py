@@ -14,7 +14,7 @@ from eval.rows import Row, check_one_protocol, mean_values
 __all__ = ["Comparison", "Run", "by_protocol", "compared", "markdown", "rounded", "table"]
 
 IN_MASK = ("psnr_masked", "ssim_masked")
-DECIMALS = {"psnr": 2, "psnr_masked": 2, "akd": 2}
+DECIMALS = {"psnr": 2, "psnr_masked": 2} | {key: 2 for key in DEFINITIONS if key.startswith("akd/")}
 
 
 @dataclass(frozen=True)
