@@ -205,7 +205,7 @@ def measure_precompute() -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        shards = pack_tiny(folder, subjects=4, timesteps=4, views=8, size=64, input_sets=2)
+        shards = pack_tiny(folder, subjects=4, timesteps=6, views=8, size=64, input_sets=2)
         file = Path(folder) / "dinov2_vits14_pretrain.pth"
         torch.save(dinov2_weights(False), file)
         request = PriorRequest(features=find_network("dinov2-small", file))

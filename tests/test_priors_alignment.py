@@ -276,3 +276,8 @@ def test_the_prior_refuses_what_it_cannot_place(prior):
         prior(torch.rand(1, 3, 32, 32), cameras[0])
     with pytest.raises(UserError, match="multiples of 16"):
         prior(torch.rand(4, 3, 32, 30), cameras)
+    with pytest.raises(UserError, match="3 pictures and 4 cameras"):
+        prior(torch.rand(3, 3, 32, 32), cameras)
+    mixed = [torch.rand(3, 32, 32), torch.rand(3, 32, 32), torch.rand(3, 48, 32), torch.rand(3, 32, 32)]
+    with pytest.raises(UserError, match=r"Picture 2 is \(3, 48, 32\) and picture 0 is \(3, 32, 32\)"):
+        prior(mixed, cameras)

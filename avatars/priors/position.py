@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import torch
@@ -34,15 +35,18 @@ class DUSt3RPrior:
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, cameras: Cameras, masks: Tensor | None = None
+        self, images: Tensor | Sequence[Tensor], cameras: Cameras, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Positions (N, 3, H, W) and confidence (N, 1, H, W), as `PositionPrior`.
+
+        `images` may also be a list of N pictures (3, H, W).
 
         Pictures whose longer side is not what the network was trained on are resized to it, with their
         cameras; a 512 x 512 picture stays as it is (the published loader would crop it).
 
         Raises:
-            UserError: one picture, cameras that do not see each other, sides that are no multiples of 16 pixels
+            UserError: one picture, pictures of mixed sizes or as many as there are no cameras of, cameras that do
+                not see each other, sides that are no multiples of 16 pixels
                 after resizing, or pairs that contradict the cameras.
         """
         if len(images) < 2:
@@ -50,6 +54,7 @@ class DUSt3RPrior:
                 "DUSt3R's position maps need at least two pictures of an input set: one picture does not tell the "
                 "distance. Use the depth prior, or none."
             )
+        images = stacked(images, len(cameras))
         height, width = images.shape[-2:]
         check_overlap(cameras, (height, width))
         resized, scaled = resize(images, cameras, self.network.size)
@@ -86,6 +91,27 @@ def pair_maps(network: DUSt3R, images: Tensor, batch: int = 1) -> PairMaps:
         points.append(torch.stack([pair.points1, pair.points2_in_1], 1))
         confidence.append(torch.stack([pair.confidence1, pair.confidence2], 1))
     return PairMaps(pairs, torch.cat(points), torch.cat(confidence))
+
+
+def stacked(images: Tensor | Sequence[Tensor], cameras: int) -> Tensor:
+    """Pictures as one tensor (N, 3, H, W).
+
+    Raises:
+        UserError: they differ in size, or their number is not that of the cameras.
+    """
+    if len(images) != cameras:
+        raise UserError(
+            f"There are {len(images)} pictures and {cameras} cameras; each picture needs its own."
+        )
+    if isinstance(images, Tensor):
+        return images
+    for number, image in enumerate(images):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"Picture {number} is {tuple(image.shape)} and picture 0 is {tuple(images[0].shape)}; crop or resize "
+                "them to one size, with their cameras."
+            )
+    return torch.stack(list(images))
 
 
 def resize(images: Tensor, cameras: Cameras, side: int) -> tuple[Tensor, Cameras]:
