@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards info": ("launch.data:info", "tells what is in packed shards"),
     "priors": ("launch.priors:priors", "computes position and feature maps of input sets into new shards"),
     "train": ("launch.training:train", "one process group's worth of training; `launch` starts the ranks"),
+    "export": (
+        "launch.export:export",
+        "writes a checkpoint's network as safetensors and JSON, and checks it",
+    ),
     "launch": (
         "launch.training:launch",
         "prepares data, starts every rank with DeepSpeed and evaluates: `make train`",

@@ -8,7 +8,14 @@ from dataclasses import replace
 
 from avatars.avat3r.config import Avat3rConfig
 from avatars.errors import UserError
-from train.config import CheckpointConfig, DataConfig, OptimizerConfig, TrainConfig
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 __all__ = ["RECIPES", "find_recipe"]
 
@@ -19,8 +26,10 @@ def avat3r() -> TrainConfig:
         recipe="avat3r",
         steps=3_500_000,
         model=Avat3rConfig(feature_dim=1920, checkpoint_activations=True),
+        loss=LossConfig(lpips=0.01),
         optimizer=OptimizerConfig(lr=5e-5, warmup_steps=2000),
-        checkpoint=CheckpointConfig(every=5000, keep=3),
+        checkpoint=CheckpointConfig(every=5000, keep=3, keep_every=250_000),
+        validation=ValidationConfig(every=5000, subjects=4, timesteps=4, views=8),
         log_every=50,
     )
 

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +27,7 @@ from train.config import TrainConfig
 
 __all__ = ["LaunchOptions", "launch", "run_training", "train"]
 
+PREEMPTION = "preempted"  # the event in rank 0's log
 PREEMPTED = 0  # a scheduler that stops a run does not want to see an error
 
 
@@ -88,6 +91,7 @@ def train_rank(options: TrainOptions) -> int:
         with tracked(options, rank) as log.tracker:
             run_loop(task_for(config), config, options.data, options.run, log)
     except Preempted as stop:
+        log.event(PREEMPTION)
         log.say(str(stop))
         return PREEMPTED
     except UserError as error:
@@ -148,7 +152,13 @@ def launch(words: list[str]) -> int:
     from launch.evaluation import evaluate_training, show_table
 
     options = parse(LaunchOptions, words, "launch")
-    shards, run = run_training(options)
+    from train.endings import Preempted
+
+    try:
+        shards, run = run_training(options)
+    except Preempted as stop:
+        print(f"headsplat: {stop}", flush=True)
+        return PREEMPTED
     workspace = Workspace(options.out)
     rows = evaluate_training(run, shards, workspace)
     show_table(rows, workspace)
@@ -163,6 +173,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
 
     Raises:
         UserError: a check failed, or the training ended without finishing.
+        Preempted: SIGTERM came; the ranks have written a checkpoint and stopped.
     """
     from launch.multihost import checkpoint_bytes, train_on_hosts
     from shards import Manifest
@@ -179,22 +190,67 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     given = TrainOptions(config=config, data=Path(), run=Path())
     config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
     shards = shards_for(options.data, workspace, config.model.size, options.demo)
-    task_for(config).check(Manifest.load(shards))
+    task = task_for(config)
+    task.check_weights()
+    task.check(Manifest.load(shards))
     words = rank_words(options, shards, run, workspace, overrides)
-    if options.hostfile is not None:
-        hosts = chosen_hosts(options.nodes, options.hostfile)
-        need = checkpoint_bytes(config)
-        train_on_hosts(hosts, options.reach, words, shards, run, workspace.tracking_uri, options.port, need)
-    else:
-        command = deepspeed_command(config, port, words)
-        status = subprocess.run(command, env=rank_environment()).returncode
-        if status != 0:
-            raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
+    with stopping_gently(run):
+        if options.hostfile is not None:
+            hosts = chosen_hosts(options.nodes, options.hostfile)
+            need = checkpoint_bytes(config)
+            train_on_hosts(
+                hosts, options.reach, words, shards, run, workspace.tracking_uri, options.port, need
+            )
+        else:
+            command = deepspeed_command(config, port, words)
+            status = subprocess.run(command, env=rank_environment()).returncode
+            if status != 0:
+                raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
     if exported_step(run) < config.steps:
         raise UserError(
             f"The training in {run} was stopped before its last step; the same command goes on from there."
         )
     return shards, run
+
+
+@contextmanager
+def stopping_gently(run: Path) -> Iterator[None]:
+    """Within this, SIGTERM asks the ranks to write a checkpoint and stop, and waits for it.
+
+    The ranks are asked by a file in the run's folder, as DeepSpeed's launcher would kill them 30 s after a signal.
+    Where a scheduler signals every process, they have heard it themselves; the launcher's status is then an error
+    although all went well, so it is the ranks' own log that counts.
+
+    Raises:
+        Preempted: they have done so.
+    """
+    from train.endings import Preempted
+    from train.guards import STOP_FILE
+
+    log = run / "logs" / "rank0.jsonl"
+    before = log.stat().st_size if log.is_file() else 0
+    (run / STOP_FILE).unlink(missing_ok=True)
+
+    def ask(signum: int, frame: object) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / STOP_FILE).touch()
+
+    def stopped() -> bool:
+        told = log.read_bytes()[before:].splitlines() if log.is_file() else []
+        return bool(told) and json.loads(told[-1]).get("event") == PREEMPTION
+
+    handler = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    except UserError:
+        if not stopped():
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if stopped():
+        raise Preempted(
+            f"the training in {run} was stopped; the same command goes on from its last checkpoint"
+        )
 
 
 def exported_step(run: Path) -> int:

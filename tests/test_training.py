@@ -5,34 +5,54 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import finish, kill_group_when, start
+from ranks import finish, kill_group_when, start, start_module, wait_until
 
 from avatars.avat3r import Avat3rMethod
+from avatars.errors import UserError
+from eval.protocol import synthetic_heldout
+from launch.cli import main
+from launch.export import export_checkpoint
 from launch.recipes import RECIPES, find_recipe
+from shards import open_shards
 from train.checkpoint import latest
 from train.config import OptimizerConfig, learning_rate
 from train.deepspeed_config import check_top_level, deepspeed_json
 from train.endings import SharedFailure
 from train.guards import require_finite
-from train.tasks import task_for
+from train.start import find_checkpoint
+from train.tasks import config_from_json, task_for
 from train.telemetry import losses
+from train.validation import METRICS
 
 GOLDEN = Path(__file__).parent / "golden" / "avat3r-tiny.json"
 
 pytestmark = pytest.mark.e2e
 
 
+def events(run):
+    """What rank 0 wrote down, in order."""
+    return [json.loads(line) for line in (run / "logs" / "rank0.jsonl").read_text().splitlines()]
+
+
+def stepped_beyond(run, step):
+    """Whether the run has told a step after `step`."""
+    log = run / "logs" / "rank0.jsonl"
+    return log.is_file() and any(event.get("step", 0) > step for event in events(run))
+
+
 @pytest.fixture(scope="module")
 def straight(tiny_shards, tmp_path_factory):
-    """Twenty steps that nothing interrupts."""
+    """Twenty steps that nothing interrupts, with all that a run can do beside its steps."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    status, output = finish(start(tiny_shards, run))
+    extras = ["--ema", "0.9", "--profile", "--validation.every", "10", "--validation.views", "2"]
+    status, output = finish(start(tiny_shards, run, *extras))
     assert status == 0, output
     return run
 
@@ -50,6 +70,93 @@ def test_training_learns_and_exports(straight):
     start_state = Avat3rMethod.load(straight / "initial").model.state_dict()
     end_state = Avat3rMethod.load(straight / "export").model.state_dict()
     assert any(not torch.equal(start_state[n], end_state[n]) for n in start_state)
+
+
+@pytest.mark.world_size(2)
+def test_validation_has_the_protocol_and_the_pictures_of_an_evaluation(straight, tiny_shards):
+    heldout = open_shards(tiny_shards, "heldout")
+    protocol = synthetic_heldout(heldout, views=2, timesteps=2, metrics=METRICS)
+    told = [event for event in events(straight) if event.get("event") == "validation"]
+    assert [event["at_step"] for event in told] == [10, 20]
+    assert {event["protocol"] for event in told} == {protocol.id}
+    rows = [
+        json.loads(row.read_text()) for row in (straight / "validation" / "step-00000020").rglob("row.json")
+    ]
+    assert [row["protocol_id"] for row in rows] == [protocol.id]
+    assert told[-1]["psnr"] == pytest.approx(rows[0]["values"]["psnr"])
+    assert latest(straight)[1].validation["psnr"] == told[-1]["psnr"]
+    assert list((straight / "validation").rglob("sheet.png"))
+
+
+@pytest.mark.world_size(2)
+def test_a_profile_is_a_trace_and_a_table_of_memory(straight):
+    for rank in range(2):
+        trace = json.loads((straight / "profile" / f"trace-rank{rank}.json").read_text())
+        assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+        assert json.loads((straight / "profile" / f"memory-rank{rank}.json").read_text())[0]["bytes"] > 0
+
+
+@pytest.mark.world_size(2)
+def test_export_writes_what_was_trained(straight, tmp_path, capsys):
+    assert main(["export", str(straight), str(tmp_path / "mean")]) == 0
+    assert "read back, every name and a forward pass are equal" in capsys.readouterr().out
+    assert main(["export", str(straight), str(tmp_path / "plain"), "--no-ema", "--step", "10"]) == 0
+    mean, plain, last = (
+        Avat3rMethod.load(folder).model.state_dict()
+        for folder in (tmp_path / "mean", tmp_path / "plain", straight / "export")
+    )
+    assert all(torch.equal(mean[name], last[name]) for name in last)
+    assert not all(torch.equal(plain[name], last[name]) for name in last)
+    description = json.loads((tmp_path / "plain" / "model.json").read_text())
+    assert description["provenance"]["step"] == 10
+    for words, sentence in [
+        ([str(tmp_path / "mean")], "is there already"),
+        ([str(tmp_path / "other"), "--step", "7"], "has no checkpoint of step 7; it has 20, 10"),
+    ]:
+        assert main(["export", str(straight), *words]) == 1
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.world_size(2)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    config = config_from_json(latest(run)[1].config)
+    data = latest(run)[1].data
+    assert find_checkpoint(run, config, data, 2).meta.step == 20
+    weights = next((run / "checkpoints" / "step-00000020").glob("*optim_states.pt"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    found = find_checkpoint(run, config, data, 2)
+    assert found.meta.step == 10
+    assert "step-00000020 is damaged" in found.remarks[0]
+    assert f"{weights.name} has changed since it was written" in found.remarks[0]
+    (run / "checkpoints" / "step-00000010" / "state-rank1.pt").unlink()
+    with pytest.raises(UserError, match=r"No checkpoint in .* is whole"):
+        find_checkpoint(run, config, data, 2)
+    with pytest.raises(UserError, match="is damaged"):
+        export_checkpoint(run, tmp_path / "out")
+
+
+@pytest.mark.world_size(2)
+def test_sigterm_writes_a_checkpoint_and_is_no_error(tiny_shards, tmp_path):
+    words = ["avat3r-tiny", "--data", str(tiny_shards), "--out", str(tmp_path), "--run", "r"]
+    words += ["--args", "--steps 100000 --checkpoint.every 100000"]
+    run = tmp_path / "runs" / "r"
+    stopped = []
+    for whole_group in (False, True):  # the launcher alone, or everything, as a scheduler does
+        process = start_module("launch.cli", ["launch", *words], None)
+        wait_until(process, lambda: stepped_beyond(run, sum(stopped[-1:])))
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+        status, output = finish(process)
+        assert status == 0, output
+        assert "the same command goes on" in output
+        assert "Traceback" not in output
+        stopped.append(latest(run)[1].step)
+        assert events(run)[-1]["event"] == "preempted"
+    assert 0 < stopped[0] < stopped[1]
+    assert not (run / "stop").exists()
 
 
 @pytest.mark.world_size(2)

@@ -47,6 +47,7 @@ class Meta:
         batch: examples of an optimiser step over all ranks.
         config: the resolved recipe.
         data: fingerprint of the shards' manifest.
+        expression_kind: the kind of expression code in the shards.
         versions: of headsplat, its git commit, torch, deepspeed and the rest.
         tracking_run: MLflow's id of the run, or None.
         validation: the metrics of this step, where it was validated.
@@ -59,6 +60,7 @@ class Meta:
     batch: int
     config: dict[str, Any]
     data: str
+    expression_kind: str
     versions: dict[str, str]
     tracking_run: str | None
     validation: dict[str, float] = field(default_factory=dict)

@@ -77,6 +77,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         if t.checkpoints.pending:
             t.settle()
         t.export(run / "export", max(t.first, config.steps))
+        stop.obeyed()
 
 
 @dataclass

@@ -67,3 +67,11 @@ class Task(Protocol):
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes the trained network for `avatars` to load."""
         ...
+
+    def verify_export(self, module: nn.Module, folder: Path) -> None:
+        """Reads back what `export` wrote and compares every weight and a forward pass with `module`.
+
+        Raises:
+            UserError: something differs.
+        """
+        ...

@@ -74,6 +74,7 @@ class Training:
             batch=self.batch,
             config=self.config.to_json(),
             data=self.provenance["data"],
+            expression_kind=self.provenance["expression_kind"],
             versions=versions(),
             tracking_run=self.log.tracking_run,
             validation=validated,

@@ -44,8 +44,20 @@ class Avat3rWithLoss(nn.Module):
         self.model = Avat3r(config)
         self.loss = loss
         # Frozen, and no part of the module: neither trained, spread, saved nor exported.
-        network = load_lpips()[0] if loss.lpips else None
-        self._lpips = [network] if network is not None else []
+        self._lpips: list[nn.Module] = []
+
+    def lpips(self, device: torch.device) -> nn.Module:
+        """The frozen network, loaded when it is needed first.
+
+        Raises:
+            UserError: its weights have gone since `check_weights`.
+        """
+        if not self._lpips:
+            network, reason = load_lpips()
+            if network is None:
+                raise UserError(f"LPIPS sets in now, and its weights have gone: {reason}")
+            self._lpips.append(network.to(device))
+        return self._lpips[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Renders every example's target views and compares.
@@ -65,9 +77,8 @@ class Avat3rWithLoss(nn.Module):
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
         loss, parts = picture_loss(predictions, wanted, self.loss)
-        if self._lpips and batch.get("progress", 1.0) >= self.loss.lpips_start:
-            network = self._lpips[0].to(predictions.device)
-            distance = network(predictions * 2 - 1, wanted * 2 - 1).mean()
+        if self.loss.lpips and batch["progress"] >= self.loss.lpips_start:
+            distance = self.lpips(predictions.device)(predictions * 2 - 1, wanted * 2 - 1).mean()
             loss = loss + self.loss.lpips * distance
             parts["lpips"] = distance.detach()
         parts["gaussians"] = maps.anchors.keep.float().sum() / targets.shape[0]
@@ -137,21 +148,30 @@ class Avat3rTask:
 
     def dry_pass(self, *, recompute: bool) -> Tensor:
         """The network on four pictures of one person, on the meta device."""
-        config = self.config
-        keep = config.checkpoint_activations and recompute
+        keep = self.config.checkpoint_activations and recompute
         with torch.device("meta"):
-            model = Avat3r(replace(config, checkpoint_activations=keep))
-            pictures = torch.empty(1, INPUT_VIEWS, 3, config.size, config.size)
-            features = torch.empty(1, INPUT_VIEWS, config.feature_dim, config.grid, config.grid)
-            views = Views(
-                images=pictures,
-                K=torch.empty(1, INPUT_VIEWS, 3, 3),
-                world_to_camera=torch.empty(1, INPUT_VIEWS, 4, 4),
-                positions=pictures if config.position_prior else None,
-                confidence=pictures[:, :, :1] if config.position_prior else None,
-                features=features if config.feature_dim else None,
-            )
-            return model.decode(model.encode(views), torch.empty(1, config.expression_dim)).sum()
+            model = Avat3r(replace(self.config, checkpoint_activations=keep))
+            views, expression = self._made_up()
+            return model.decode(model.encode(views), expression).sum()
+
+    def _made_up(self) -> tuple[Views, Tensor]:
+        """One person's pictures and an expression code, of the right shapes, on the default device."""
+        config = self.config
+        pictures = torch.rand(1, INPUT_VIEWS, 3, config.size, config.size)
+        focal = 2.0 * config.size
+        K = torch.tensor([[focal, 0, config.size / 2], [0, focal, config.size / 2], [0, 0, 1.0]])
+        poses = torch.eye(4).repeat(1, INPUT_VIEWS, 1, 1)
+        poses[..., 2, 3] = 1.0  # the head is a metre before each camera
+        features = torch.rand(1, INPUT_VIEWS, config.feature_dim, config.grid, config.grid)
+        views = Views(
+            images=pictures,
+            K=K.expand(1, INPUT_VIEWS, 3, 3),
+            world_to_camera=poses,
+            positions=pictures * 0.1 if config.position_prior else None,
+            confidence=1 + 2 * pictures[:, :, :1] if config.position_prior else None,
+            features=features if config.feature_dim else None,
+        )
+        return views, torch.rand(1, config.expression_dim)
 
     def export(self, module: nn.Module, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes the network alone."""
@@ -159,3 +179,23 @@ class Avat3rTask:
         if not isinstance(model, Avat3r):
             raise TypeError(f"expected Avat3r, got {type(model).__name__}")
         model.save(folder, provenance)
+
+    @torch.no_grad()
+    def verify_export(self, module: nn.Module, folder: Path) -> None:
+        """Loads strictly, compares names, values and the Gaussian maps of made-up pictures.
+
+        Raises:
+            UserError: something differs.
+        """
+        model, written = module.get_submodule("model").eval(), Avat3r.load(folder).eval()
+        expected, found = model.state_dict(), written.state_dict()
+        differing = [n for n in expected if n not in found or not torch.equal(expected[n].float(), found[n])]
+        if differing or set(found) - set(expected):
+            raise UserError(
+                f"{folder} reads back otherwise than it was written, in {', '.join(differing[:3])}."
+            )
+        views, expression = self._made_up()
+        if not torch.equal(model(views, expression).raw, written(views, expression).raw):
+            raise UserError(
+                f"{folder} reads back with equal weights and another forward pass; do not use it."
+            )
