@@ -222,6 +222,11 @@ def measure_subject(
             f"{protocol.input_set}. Pack more input sets."
         )
     inputs = data.input_sets[protocol.input_set].to(device)
+    if protocol.inputs and len(inputs.images) != protocol.inputs:
+        raise UserError(
+            f"The input sets of {subject} have {len(inputs.images)} pictures; the protocol {protocol.name} makes "
+            f"avatars from {protocol.inputs}. Pack with --input-views {protocol.inputs}, or use another protocol."
+        )
     made = _create(create, inputs, protocol.seed, device)
     avatar = made.avatar
     if avatar.expression_kind != inputs.expression_kind:
@@ -232,11 +237,10 @@ def measure_subject(
 
     used = inputs.provenance
     timesteps = choose_timesteps(
-        [target.timestep for target in data.targets], used["timesteps"], protocol.timesteps
+        [target.timestep for target in data.targets], used["timesteps"], protocol.timesteps, protocol.last
     )
     first = data.targets[timesteps[0]]
-    used_cameras = [index for index, name in enumerate(first.camera_ids) if name in set(used["camera_ids"])]
-    chosen = choose_views(first.cameras, used_cameras, protocol.views)
+    chosen = _choose_cameras(first, used["camera_ids"], protocol, subject)
     camera_ids = [first.camera_ids[view] for view in chosen]
 
     kept = _pictures_to_keep(len(timesteps), frontal_first(first.cameras[chosen]))
@@ -274,6 +278,26 @@ def measure_subject(
         expression=first.expression.to(device),
         frontal=frontal,
     )
+
+
+def _choose_cameras(target: Target, used: Sequence[str], protocol: Protocol, subject: str) -> list[int]:
+    """Indices of the target cameras.
+
+    Raises:
+        UserError: a fixed camera is not there or was an input, or none is left.
+    """
+    taken = set() if protocol.input_cameras else set(used)
+    for name in protocol.cameras:
+        if name not in target.camera_ids or name in taken:
+            state = "was an input of" if name in taken else "is not among the cameras of"
+            raise UserError(
+                f"The protocol {protocol.name} measures camera {name}, which {state} {subject}. Pack other input "
+                "sets, or all cameras."
+            )
+    if protocol.cameras:
+        return sorted(target.camera_ids.index(name) for name in protocol.cameras)
+    indices = [index for index, name in enumerate(target.camera_ids) if name in taken]
+    return choose_views(target.cameras, indices, protocol.views)
 
 
 def _batches(views: list[int], batch: int) -> list[list[int]]:

@@ -39,6 +39,7 @@ __all__ = [
 
 ALL_METRICS = (PSNR, SSIM, PSNR_MASKED, SSIM_MASKED, LPIPS, AKD_MTCNN, CSIM_FACENET)
 
+CROP_RULE = "the square that the shards were packed with"
 MASK_RULE = "prediction and target over the background; no crop; mask >= 0.5 for the metrics in mask"
 ROUNDING = "prediction clamped to [0, 1] and rounded to 8 bits; target as stored"
 VIEW_RULE = (
@@ -57,10 +58,15 @@ class Protocol:
         subjects: whom the split holds.
         data: hash of the split's pictures, cameras and codes.
         input_set: which of a subject's input sets makes the avatar.
+        inputs: how many pictures an input set must have, 0 for any number.
+        crop: how pictures were cut out of the captures, in words; the data's hash holds the cut itself.
+        last: only the last so many timesteps may be targets, 0 for all.
         timesteps: number of target timesteps a subject, 0 for all.
         timestep_rule: how they are chosen, in words.
         views: number of target cameras a timestep, 0 for all.
         view_rule: how they are chosen, in words.
+        cameras: ids of the target cameras where they are fixed; empty where `view_rule` chooses them.
+        input_cameras: whether a camera of the input set may be a target too, as in a video of one camera.
         size: (height, width) in pixels at which everything is measured and timed.
         background: RGB behind prediction and target.
         mask_rule: what the mask does, in words.
@@ -76,10 +82,15 @@ class Protocol:
     data: str
     size: tuple[int, int]
     input_set: int = 0
+    inputs: int = 4
+    crop: str = CROP_RULE
+    last: int = 0
     timesteps: int = 0
     timestep_rule: str = TIMESTEP_RULE
     views: int = 8
     view_rule: str = VIEW_RULE
+    cameras: tuple[str, ...] = ()
+    input_cameras: bool = False
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     mask_rule: str = MASK_RULE
     color_space: str = "sRGB"
@@ -93,9 +104,9 @@ class Protocol:
         keys = [metric.key for metric in self.metrics]
         if len(set(keys)) != len(keys) or not keys:
             raise UserError(f"The protocol {self.name} needs metrics with distinct keys; it has {keys}.")
-        if min(self.timesteps, self.views, self.input_set) < 0:
+        if min(self.timesteps, self.views, self.input_set, self.inputs, self.last) < 0:
             raise UserError(
-                f"The protocol {self.name} has a negative number of timesteps, views or input set."
+                f"The protocol {self.name} has a negative number of timesteps, views, inputs or input set."
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,6 +138,7 @@ def synthetic_heldout(
         subjects=tuple(shards.subjects),
         data=data_hash(shards),
         size=(shards.manifest.size, shards.manifest.size),
+        inputs=0,
         views=views,
         timesteps=timesteps,
         metrics=metrics,
@@ -157,7 +169,7 @@ def read_protocol(path: Path) -> Protocol:
         values = json.loads(path.read_text(encoding="utf-8"))
         written = values.pop("id")
         values["metrics"] = tuple(Definition.from_dict(metric) for metric in values["metrics"])
-        for name in ("subjects", "size", "background"):
+        for name in ("subjects", "size", "background", "cameras"):
             values[name] = tuple(values[name])
         protocol = Protocol(**values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -170,13 +182,20 @@ def read_protocol(path: Path) -> Protocol:
     return protocol
 
 
-def choose_timesteps(timesteps: Sequence[str], used: Sequence[str], count: int) -> list[int]:
+def choose_timesteps(timesteps: Sequence[str], used: Sequence[str], count: int, last: int = 0) -> list[int]:
     """Indices of the target timesteps: all that were not input, or `count` of them at even stride.
+
+    Args:
+        timesteps: names of all timesteps, in order of time.
+        used: names of the input's timesteps.
+        count: how many, 0 for all.
+        last: only the last so many timesteps may be chosen, 0 for all.
 
     Raises:
         UserError: nothing is left.
     """
-    free = [index for index, name in enumerate(timesteps) if name not in set(used)]
+    first = max(len(timesteps) - last, 0) if last else 0
+    free = [index for index, name in enumerate(timesteps) if index >= first and name not in set(used)]
     if not free:
         raise UserError(
             "No target timestep is left: all of them were input. Pack captures with more timesteps."

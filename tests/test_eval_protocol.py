@@ -38,6 +38,11 @@ def test_every_field_changes_the_id():
         "data": "1" * 12,
         "size": (64, 48),
         "input_set": 1,
+        "inputs": 3,
+        "crop": "x",
+        "last": 500,
+        "cameras": ("c0",),
+        "input_cameras": True,
         "timesteps": 3,
         "timestep_rule": "x",
         "views": 4,
@@ -63,7 +68,7 @@ def test_another_network_or_another_definition_is_another_protocol():
 
 def test_the_id_is_the_same_everywhere():
     plain = Protocol("p", "heldout", ("a",), "0", (8, 8), metrics=(replace(PSNR, text="t"),))
-    assert plain.id == "857fe14f38fb"
+    assert plain.id == "74626aa92d58"
 
 
 def test_a_file_gives_the_same_protocol_back(tmp_path):
@@ -106,6 +111,9 @@ def test_timesteps_leave_the_input_out_and_keep_an_even_stride():
     assert choose_timesteps(names, [], 10) == list(range(10))
     assert choose_timesteps(names, [], 99) == list(range(10))
     assert choose_timesteps(names, ["elsewhere"], 1) == [5]
+    assert choose_timesteps(names, ["003", "008"], 0, last=4) == [6, 7, 9]
+    assert choose_timesteps(names, [], 2, last=4) == [7, 9]
+    assert choose_timesteps(names, [], 0, last=99) == list(range(10))
     with pytest.raises(UserError, match="No target timestep is left"):
         choose_timesteps(names, names, 3)
 
