@@ -167,8 +167,12 @@ def _position(options: PriorOptions, manifest: Manifest) -> NetworkFile | None:
         if options.position == "auto" and options.position_weights is None and there != "none":
             print(f"No weights of {kind}: the positions that the shards have ({there}) are kept.", flush=True)
             return None
-        instead = " Or keep the shards' own with --position depth." if there == "depth" else ""
-        raise UserError(f"{kind}: {reason}.{instead}") from None
+        instead = (
+            "keep the shards' own with --position depth"
+            if there == "depth"
+            else "go without: --position none"
+        )
+        raise UserError(f"{kind}: {reason}. Or {instead}.") from None
 
 
 def _features(options: PriorOptions) -> NetworkFile | None:
