@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -334,6 +335,8 @@ def test_bad_cameras_name_the_matrix():
     K[0, 0, 1] = 3.0
     with pytest.raises(UserError, match="skew"):
         rasterize(shell(3), Cameras(K, cameras.world_to_camera), SIZE)
+    with pytest.raises(UserError, match="determinant 0"):
+        rasterize(shell(3), Cameras(cameras.K, torch.zeros(2, 4, 4)), SIZE)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +344,8 @@ def test_bad_cameras_name_the_matrix():
     [
         ({"mode": "soft"}, "mode"),
         ({"size": (0, 4)}, "size"),
+        ({"size": (20.5, 20)}, "size"),
+        ({"size": (200_000, 20)}, "size"),
         ({"background": torch.zeros(5, 3)}, "background"),
         ({"backend": "opengl"}, "backend"),
     ],
@@ -349,6 +354,11 @@ def test_wrong_calls_are_refused(change, match):
     arguments = {"size": SIZE, "background": None, "mode": "classic", "backend": "auto"} | change
     with pytest.raises(ValueError, match=match):
         rasterize(shell(3), orbit(2, SIZE), **arguments)
+
+
+def test_a_size_from_numpy_is_a_size():
+    size = np.array([20, 30])
+    assert rasterize(shell(3), orbit(1, (20, 30)), (size[0], size[1])).image.shape == (1, 3, 20, 30)
 
 
 def test_camera_gradients_come_from_the_reference_only():

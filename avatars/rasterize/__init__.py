@@ -94,6 +94,7 @@ def rasterize(
         ValueError: shapes, devices or a mode that do not fit.
     """
     check_shapes(gaussians, cameras, size, background, mode)
+    size = (int(size[0]), int(size[1]))
     device = gaussians.means.device
     if background is not None:
         background = background.to(device)

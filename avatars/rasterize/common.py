@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -39,6 +40,9 @@ TRANSMITTANCE_MIN = 1e-4
 EXTENT_MAX = 3.33
 """Standard deviations that a Gaussian can reach; less for faint ones (sqrt(2 log(opacity / ALPHA_MIN)))."""
 
+SIZE_MAX = 1 << 16
+"""Pixels that a picture can be high or wide."""
+
 Mode = Literal["classic", "antialiased"]
 
 
@@ -66,12 +70,12 @@ def check_shapes(
 
     Raises:
         ValueError: a shape, a mode or a device that does not fit.
-        UserError: a camera matrix that is not finite or has skew.
+        UserError: a camera matrix that is not finite, has skew or no rotation.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be 'classic' or 'antialiased', not {mode!r}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (height, width) in pixels, not {size}")
+    if len(size) != 2 or not all(isinstance(pixels, Integral) and 0 < pixels <= SIZE_MAX for pixels in size):
+        raise ValueError(f"size must be (height, width), whole pixels up to {SIZE_MAX}, not {tuple(size)}")
     count = len(cameras)
     if background is not None and background.shape not in ((3,), (count, 3)):
         raise ValueError(f"background must be (3,) or ({count}, 3), not {tuple(background.shape)}")
@@ -79,19 +83,17 @@ def check_shapes(
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"Gaussians and cameras are on different devices: {sorted(devices)}")
-    K = cameras.K.detach()
-    for name, finite in (
-        ("K", K.isfinite().all()),
-        ("world_to_camera", cameras.world_to_camera.detach().isfinite().all()),
-    ):
-        if not finite:
-            raise UserError(
-                f"cameras.{name} holds NaN or infinite values: check the calibration that it was read from."
-            )
-    if bool((K[:, 0, 1] != 0).any()) or bool((K[:, :2].diagonal(dim1=1, dim2=2) <= 0).any()):
-        raise UserError(
-            "cameras.K must have zero skew and positive focal lengths: undistort the pictures first."
-        )
+    K, pose = cameras.K.detach(), cameras.world_to_camera.detach()
+    focal = K[:, :2].diagonal(dim1=1, dim2=2)
+    flags = [
+        ~K.isfinite().all(),
+        ~pose.isfinite().all(),
+        (K[:, 0, 1] != 0).any() | (focal <= 0).any(),
+        (torch.linalg.det(pose[:, :3, :3].float()) == 0).any(),
+    ]
+    wrong = torch.stack(flags).nonzero().flatten().tolist()  # one wait for the device
+    if wrong:
+        raise UserError(_CAMERA_PROBLEMS[wrong[0]])
 
 
 def check_values(gaussians: Gaussians, background: Tensor | None) -> None:
@@ -120,6 +122,14 @@ def value_error(code: int) -> UserError:
 
 
 _FIELDS = ("means", "quats", "scales", "opacities", "colors")
+_CAMERA_PROBLEMS = [
+    *(
+        f"cameras.{name} holds NaN or infinite values: check the calibration that it was read from."
+        for name in ("K", "world_to_camera")
+    ),
+    "cameras.K must have zero skew and positive focal lengths: undistort the pictures first.",
+    "cameras.world_to_camera holds a matrix that turns nothing: its rotation has determinant 0.",
+]
 _PROBLEMS = [
     *(
         f"gaussians.{name} holds NaN or infinite values: training diverged, or their file is damaged."
