@@ -118,6 +118,8 @@ def test_people_outside_the_population_are_reconstructed(head):
     weights, _ = makehuman.sample_weights(np.random.default_rng(99), list(macro), list(local), 40)
     deltas = np.stack([gather @ makehuman.dense(rows) * 0.1 for rows in targets.values()])
     people = gather @ (base.vertices - makehuman.ORIGIN) * 0.1 + np.tensordot(weights, deltas, 1)
+    upper = np.unique(base.quads[base.groups == "helper-upper-teeth"])
+    people[:, [mesh.lookup[int(i)] for i in upper]] += makehuman.OVERBITE
     template = head.template[: head.n_vertices].numpy()
     face = (template[:, 1] > -0.06) & (np.arange(len(template)) < mesh.n_skin)
     people -= (people - template)[:, face].mean(axis=1, keepdims=True)

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from scipy.spatial import cKDTree
 from avatars.errors import UserError
 from avatars.head import ParametricHead
 from avatars.head.makehuman import ARKIT_NAMES
-from shards.synth import synthesize
+from shards.synth import raster, synthesize
 from shards.synth.capture import DEPTH_UNIT, subject_seed
 from shards.synth.dome import TARGET, golden_camera, look_at, rig
 from shards.synth.expressions import POSES, code, random_expression, smooth_sequence
 from shards.synth.light import Light, bake, sphere
 from shards.synth.raster import depth_buffer
-from shards.synth.subject import draw_identity, draw_subject
+from shards.synth.render import render
+from shards.synth.subject import draw_identity, draw_subject, pose
 
 SETTINGS = {"subjects": 2, "timesteps": 2, "views": 6, "size": 64, "seed": 3}
 
@@ -232,13 +234,13 @@ def test_dome_cameras_look_at_the_head():
     assert (centres[:, 1] > 0.5).sum() >= 5
     assert (centres[:, 1] < -0.2).sum() >= 5
     assert centres[0, 2] > 0.95  # the first looks straight at the face
-    for K, pose in zip(cameras.K, cameras.world_to_camera, strict=True):
-        rotation = pose[:3, :3]
+    for K, view in zip(cameras.K, cameras.world_to_camera, strict=True):
+        rotation = view[:3, :3]
         assert np.allclose(rotation @ rotation.T, np.eye(3))
         assert np.linalg.det(rotation) > 0
-        middle = K @ (pose[:3, :3] @ [0, -0.01, 0] + pose[:3, 3])
+        middle = K @ (view[:3, :3] @ [0, -0.01, 0] + view[:3, 3])
         assert np.abs(middle[:2] / middle[2] - 64).max() < 1.5
-        above = K @ (pose[:3, :3] @ [0, 0.09, 0] + pose[:3, 3])
+        above = K @ (view[:3, :3] @ [0, 0.09, 0] + view[:3, 3])
         assert above[1] / above[2] < middle[1] / middle[2]  # upright: y runs down in the picture
     directions = centres / distance[:, None]
     cosine = directions @ directions.T - 2 * np.eye(80)
@@ -391,10 +393,42 @@ def test_light_is_even_in_the_open_and_blocked_by_what_stands_before_it():
     assert closed.diffuse[0].max() < 0.55
 
 
+def test_an_open_mouth_shows_what_is_in_it_and_a_cornea_mirrors_the_lamp():
+    head = ParametricHead.load()
+    subject = draw_subject(head, 3)
+    posed = pose(head, subject, code({"jawOpen": 1.0}), np.eye(4))
+    cameras = rig("dome", 1, 256)
+
+    def seen(K, world_to_camera):
+        camera = posed.points @ world_to_camera[:3, :3].T.astype(np.float32) + world_to_camera[:3, 3].astype(
+            np.float32
+        )
+        inverse = (1 / camera[:, 2]).astype(np.float32)
+        x, y = ((camera[:, k] * inverse * K[k, k] + K[k, 2]).astype(np.float32) for k in (0, 1))
+        buffer, triangle = np.zeros((256, 256), np.float32), np.full((256, 256), -1, np.int32)
+        depth_buffer(x, y, inverse, posed.faces, posed.n_head_faces, 0.0, buffer, triangle)
+        return np.where(triangle >= 0, posed.material[triangle], 255)
+
+    frontal = seen(cameras.K[0], cameras.world_to_camera[0])
+    assert (frontal == raster.TEETH).sum() > 15
+    assert (frontal == raster.WET).sum() > 60  # tongue and the inside of the mouth
+    # From where a mirror at the front of the eyes would show the lamp.
+    lamp = posed.lamp_directions[0]
+    toward = np.array([-lamp[0], -lamp[1], lamp[2]])
+    pupils = np.array([0.0, 0.013, 0.07])
+    view = look_at(pupils + 1.1 * toward, pupils)
+    K = cameras.K[0] * [[3, 1, 1], [1, 3, 1], [1, 1, 1]]  # closer
+    lit = render(posed, K, view, 256).image.astype(int)
+    unlit = render(replace(posed, lamp_colors=np.zeros_like(posed.lamp_colors)), K, view, 256).image
+    gain = (lit - unlit).min(axis=-1)
+    eye = seen(K, view) == raster.EYE
+    assert gain[eye].max() > 60
+    assert (gain[eye] > 60).mean() < 0.2  # a glint, not a sheet
+
+
 def test_path_traced_pictures_depend_on_the_seed_only(tmp_path):
     import drjit
 
-    from shards.synth.subject import pose
     from shards.synth.traced import TracedPerson
 
     head = ParametricHead.load()

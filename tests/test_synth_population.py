@@ -3,12 +3,15 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 from test_synth import bytes_of
 
 from avatars.errors import UserError
 from cluster.session import ray_session
 from cluster.synth import synthesize_population
+from launch.cli import main
+from shards import read_capture
 from shards.synth import synthesize
 
 pytestmark = pytest.mark.e2e
@@ -69,3 +72,26 @@ def test_what_goes_wrong_in_a_worker_is_a_sentence(tmp_path):
         synthesize_population(tmp_path, **SETTINGS, workers=2, progress=False)
     with pytest.raises(UserError, match="workers is 0"):
         synthesize_population(tmp_path, **SETTINGS, workers=0, progress=False)
+
+
+def test_the_command_makes_an_arc_of_16_cameras_a_smooth_sequence_and_tracking_files(tmp_path):
+    words = [
+        "synth",
+        str(tmp_path / "arc"),
+        "--subjects",
+        "1",
+        "--timesteps",
+        "3",
+        "--views",
+        "16",
+        "--size",
+        "24",
+    ]
+    words += ["--rig", "nersemble", "--motion", "smooth", "--tracking", "metrical", "ava256"]
+    assert main(words) == 0
+    source = read_capture(tmp_path / "arc" / "s0000")
+    assert len(source.camera_ids) == 16
+    assert np.abs(np.diff(source.expressions, axis=0)).max() < 0.25
+    for folder in ("arc-metrical/dataset/s0000", "arc-ava256/20000101--0000--s0000"):
+        capture = read_capture(tmp_path / folder)
+        assert (capture.expressions == source.expressions).all()
