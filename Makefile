@@ -26,7 +26,7 @@ help: ## this list
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
-	@echo "variables: NODES= RECIPE= DATA= HOSTFILE= PORT= RUN= ARGS= METHOD= OUT= DEMO= (see README.md)"
+	@echo "variables: NODES= RECIPE= DATA= HOSTFILE= REACH= PORT= RUN= ARGS= METHOD= OUT= DEMO= (see README.md)"
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("headsplat needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -45,7 +45,7 @@ demo: setup ## the whole story without data and without a GPU: captures to compa
 	$(HEADSPLAT) demo $(RECIPE) $(COMMON) $(DEMO) $(call given,PORT,--port) $(if $(ARGS),--args="$(ARGS)")
 
 train: setup ## trains RECIPE on NODES hosts, then evaluates on held-out people
-	$(HEADSPLAT) launch $(RECIPE) --nodes $(NODES) $(COMMON) $(DEMO) $(call given,HOSTFILE,--hostfile) $(call given,PORT,--port) $(call given,RUN,--run) $(if $(ARGS),--args="$(ARGS)")
+	$(HEADSPLAT) launch $(RECIPE) --nodes $(NODES) $(COMMON) $(DEMO) $(call given,HOSTFILE,--hostfile) $(if $(REACH),--reach="$(REACH)") $(call given,PORT,--port) $(call given,RUN,--run) $(if $(ARGS),--args="$(ARGS)")
 
 fit: setup ## fits METHOD to held-out people on Ray
 	$(HEADSPLAT) fit $(METHOD) $(COMMON) $(DEMO) $(ARGS)
