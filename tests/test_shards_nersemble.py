@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from avatars.errors import UserError
-from shards import open_shards, pack, read_capture
+from shards import check, open_shards, pack, read_capture
 from shards.readers.nersemble import correct_colors, polynomial_terms
 from shards.readers.vhap import flame_code, rotation_matrix
 
@@ -204,6 +204,81 @@ def test_the_benchmark_has_masks_and_a_matrix_for_each_camera(tmp_path):
     view = capture.view(2, 1)
     assert np.mean((view.mask > 127) == (silhouette() > 127)) > 0.98
     assert np.abs(view.image - picture(2, 1).astype(float))[silhouette() > 0].mean() < 4  # not exchanged
+
+
+def tracking(frames):
+    """What the benchmark's package for avatars has in tracking/: three of the video's five frames."""
+    rng = np.random.default_rng(1)
+    count = len(frames)
+    turns = rng.normal(0, 0.2, (count, 3))
+    return {
+        "shape": rng.normal(size=(1, 300)),
+        "expression": rng.normal(size=(count, 100)),
+        "rotation": turns,  # Euler angles, which the matrices make unnecessary
+        "rotation_matrices": rotation_matrix(turns),
+        "translation": rng.normal(0, 0.02, (count, 3)),
+        "jaw": rng.normal(0, 0.1, (count, 3)),
+        "frames": np.array(frames),
+        "scale": np.ones((1, 1)),
+        "neck": np.zeros((count, 3)),
+        "eyes": rng.normal(0, 0.1, (count, 6)),
+    }
+
+
+def test_the_tracked_benchmark_is_in_the_head_frame_and_packs(tmp_path):
+    folder = write_v2(tmp_path, benchmark=True)
+    (folder / "tracking").mkdir()
+    flame = tracking([0, 2, 4, 7])  # the video has no frame 7
+    np.savez(folder / "tracking" / "flame2023_tracking.npz", **tracking([1]))  # the older one
+    np.savez(folder / "tracking" / "flame2023_tracking_v2.npz", **flame)
+    capture = read_capture(folder)
+    assert capture.timestep_ids == ["00000", "00002", "00004"]
+    assert (capture.expression_kind, capture.head, capture.lacks) == ("flame-135", "flame2023", {})
+    np.testing.assert_allclose(capture.expressions[1, :100], flame["expression"][1], rtol=1e-6)
+    np.testing.assert_allclose(
+        capture.expressions[1, 114:120], rotation_matrix(flame["jaw"][1])[:2].ravel(), rtol=1e-5
+    )
+    nose = np.array([0.0, 0.0, 0.1])
+    world = flame["rotation_matrices"][1] @ nose + flame["translation"][1]
+    for v in range(len(SERIALS)):
+        ours = capture.camera_matrices(1)[1][v] @ [*nose, 1]
+        np.testing.assert_allclose(ours, camera(v) @ [*world, 1], atol=1e-12)
+    assert np.abs(capture.view(1, 1).image - picture(2, 1).astype(float))[silhouette() > 0].mean() < 4
+    pack([capture], tmp_path / "x", size=32, heldout=0, prior="none", n_inputs=2, input_sets=1)
+    assert not [f for f in check(tmp_path / "x") if f.severity == "error"]
+    del flame["frames"]
+    np.savez(folder / "tracking" / "flame2023_tracking_v2.npz", **flame)
+    with pytest.raises(UserError, match=r"is no FLAME tracking of the benchmark .*frames"):
+        read_capture(folder)
+
+
+def test_v1_folders_may_lack_the_frame_rate(tmp_path):
+    folder = write_v1(tmp_path)
+    for path in sorted(folder.glob("frame_*/*-73fps")):
+        path.rename(path.with_name(path.name.removesuffix("-73fps")))
+    capture = read_capture(folder)
+    assert capture.has_depth
+    assert capture.view(1, 1).depth.max() == 1
+    assert capture.view(1, 1).mask.max() == 255
+
+
+def test_a_vhap_export_without_masks_says_so_when_packed(tmp_path):
+    folder = write_vhap(tmp_path)
+    for file in folder.glob("transforms_t*.json"):
+        content = json.loads(file.read_text())
+        for frame in content["frames"]:
+            del frame["fg_mask_path"]
+        file.write_text(json.dumps(content))
+    capture = read_capture(folder)
+    assert (capture.view(0, 0).mask == 255).all()
+    with pytest.raises(UserError, match="cannot be used for packing: its frames name no fg_mask_path"):
+        pack([capture], tmp_path / "x", size=32, heldout=0, prior="none")
+    for file in folder.glob("transforms_t*.json"):
+        content = json.loads(file.read_text())
+        del content["frames"][0]["flame_param_path"]
+        file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"no list of frames as VHAP writes it .*flame_param_path"):
+        read_capture(folder)
 
 
 def test_the_v1_layout_is_read(tmp_path):

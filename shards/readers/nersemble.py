@@ -1,9 +1,9 @@
 """NeRSemble recordings: the v2 download, the older v1 research layout, and the benchmark's packages.
 
 One capture is one sequence of one participant, given by its folder, `<participant>/sequences/<sequence>`.
-None of these layouts holds expression codes or head poses, so they are read to be looked at and to be
-tracked; what tracking exports (`shards.readers.vhap`) can be packed. Cameras therefore stay in the studio's
-frame.
+The benchmark's package for avatars comes with FLAME tracking and can be packed. The others hold neither
+expression codes nor head poses, so they are read to be looked at and to be tracked; what tracking exports
+(`shards.readers.vhap`) can be packed. Their cameras stay in the studio's frame.
 
 Intrinsics are those of pictures 3208 pixels high, one matrix for all cameras in v1 and v2 and one for each
 in the benchmark; world-to-camera matrices have OpenCV axes and metres.
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from avatars.errors import UserError
 from shards.capture import Capture, View, check_matrices
 from shards.pictures import read_picture
+from shards.readers.vhap import flame_code
 from shards.readers.video import Video
 
 __all__ = ["NersembleV1Capture", "NersembleVideoCapture", "correct_colors", "polynomial_terms"]
 
+TRACKING = ("flame2023_tracking_v2.npz", "flame2023_tracking.npz")
 NATIVE_HEIGHT = 3208
 DEPTH_STEPS = 32767  # 16-bit depth counts these to a metre; 0 is no surface and 1 is zero metres
 NOT_TRACKED = (
@@ -149,8 +151,53 @@ class NersembleVideoCapture(_Nersemble):
             {} if self._masked else self._read_colors(root / "calibration" / "color_calibration.json")
         )
         self._measure(self._images[0].height, self._images[0].width)
-        self.timestep_ids = [f"{t:05d}" for t in range(min(len(video) for video in self._images))]
-        self.expressions = np.zeros((len(self.timestep_ids), 0), np.float32)
+        self._numbers = list(range(min(len(video) for video in self._images)))
+        self.expressions = np.zeros((len(self._numbers), 0), np.float32)
+        tracking = next(
+            (file for name in TRACKING if (file := self.path / "tracking" / name).is_file()), None
+        )
+        self._head_to_world: NDArray[np.float64] | None = None
+        if tracking is not None:
+            self._read_tracking(tracking)
+        self.timestep_ids = [f"{t:05d}" for t in self._numbers]
+
+    def _read_tracking(self, file: Path) -> None:
+        """FLAME parameters of the benchmark's package for avatars. World = scale R v + t, with v in FLAME's
+        metres: R and t are the head's pose, and the scale stays with the head.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                flame = {name: np.asarray(archive[name], np.float64) for name in archive.files}
+            tracked = [(i, int(t)) for i, t in enumerate(flame["frames"].reshape(-1))]
+            tracked = [(i, t) for i, t in tracked if 0 <= t < len(self._numbers)]
+            names = {"expr": "expression", "eyes_pose": "eyes", "jaw_pose": "jaw", "neck_pose": "neck"}
+            codes = [
+                flame_code({ours: flame[theirs][i] for ours, theirs in names.items()}) for i, _ in tracked
+            ]
+            poses = np.tile(np.eye(4), (len(tracked), 1, 1))
+            for place, (i, _) in enumerate(tracked):
+                poses[place, :3, :3] = flame["rotation_matrices"][i].reshape(3, 3)
+                poses[place, :3, 3] = flame["translation"][i].reshape(3)
+            self.expressions = np.stack(codes)
+            self.identity = flame["shape"].reshape(-1).astype(np.float32)
+        except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+            raise UserError(
+                f"{file} is no FLAME tracking of the benchmark ({error!r}). Download it again."
+            ) from None
+        if not np.isfinite(self.expressions).all():
+            raise UserError(f"{file} has codes that are not finite. Download it again.")
+        check_matrices(np.broadcast_to(np.eye(3), (len(poses), 3, 3)), poses, str(file))
+        self._numbers, self._head_to_world = [t for _, t in tracked], poses
+        self.expression_kind, self.head = "flame-135", "flame2023"
+        for what in ("expressions", "head pose"):
+            del self.lacks[what]
+
+    def camera_matrices(self, t: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Intrinsics (V, 3, 3) in pixels and world-to-camera matrices (V, 4, 4), in the head frame of
+        timestep `t` where the head is tracked and in the studio's elsewhere.
+        """
+        poses = self._poses if self._head_to_world is None else self._poses @ self._head_to_world[t]
+        return self._K, poses
 
     def _read_colors(self, file: Path) -> dict[str, NDArray[np.float64]]:
         try:
@@ -166,11 +213,12 @@ class NersembleVideoCapture(_Nersemble):
 
     def view(self, t: int, v: int, depth: bool = True) -> View:
         """What camera `v` saw at timestep `t`; without masks, the whole picture counts as foreground."""
-        image = self._images[v].frame(t)
+        number = self._numbers[t]
+        image = self._images[v].frame(number)
         if not self._masked:
             corrected = correct_colors(image, self._colors[self.camera_ids[v]])
             return View(image=corrected, mask=np.full(image.shape[:2], 255, np.uint8))
-        mask = self._alphas[v].frame(t)[..., 0]
+        mask = self._alphas[v].frame(number)[..., 0]
         return View(image=image * (mask > 0)[..., None], mask=mask)
 
 
@@ -207,7 +255,7 @@ class NersembleV1Capture(_Nersemble):
             raise UserError(
                 f"{pictures[self.camera_ids[0]]} is no picture ({error}). Download it again."
             ) from None
-        self.has_depth = _folder(first / "colmap-73fps", "depth_maps_compressed") is not None
+        self.has_depth = _depths(first) is not None
         if _folder(first, "alpha_map") is None:
             self.lacks["masks"] = NO_MASKS
         colors = root / "annotations" / self.path.name / "color_correction"
@@ -231,9 +279,9 @@ class NersembleV1Capture(_Nersemble):
         )
         covered = np.round(image * (mask[..., None] / np.float32(255))).astype(np.uint8)
         z = None
-        if depth and self.has_depth:
-            file = frame / "colmap-73fps" / "depth_maps_compressed" / name
-            stored = read_picture(file, "I;16", self.size).astype(np.float32)
+        depths = _depths(frame) if depth and self.has_depth else None
+        if depths is not None:
+            stored = read_picture(depths / name, "I;16", self.size).astype(np.float32)
             z = np.where(stored > 0, (stored - 1) / DEPTH_STEPS, 0).astype(np.float32)
         return View(image=covered, mask=mask, depth=z)
 
@@ -250,6 +298,12 @@ def _by_serial(folder: Path | None, end: str) -> dict[str, Path]:
 def _folder(parent: Path, name: str) -> Path | None:
     """The folder `name`, with or without the frame rate that the research code puts behind it."""
     return next((parent / n for n in (f"{name}-73fps", name) if (parent / n).is_dir()), None)
+
+
+def _depths(frame: Path) -> Path | None:
+    """The folder of a timestep's depth maps."""
+    colmap = _folder(frame, "colmap")
+    return None if colmap is None else _folder(colmap, "depth_maps_compressed")
 
 
 def _affine(file: Path) -> NDArray[np.float64]:

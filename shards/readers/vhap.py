@@ -104,6 +104,11 @@ class VhapCapture(Capture):
         self.camera_ids = sorted(cameras, key=lambda c: int(cameras[c]["camera_index"]))
         self._steps = sorted({t for t, _ in self._frames})
         self.timestep_ids = [f"{t:05d}" for t in self._steps]
+        for f in frames:
+            _ = f["file_path"], f["flame_param_path"]  # their lack is told before any picture is read
+        self._masked = all("fg_mask_path" in f for f in frames)
+        if not self._masked:
+            self.lacks = {"masks": "its frames name no fg_mask_path. Matte the sequence and export it again"}
         first = frames[0]
         self.size = (int(first["h"]), int(first["w"]))
         K, poses = [], []
@@ -150,13 +155,15 @@ class VhapCapture(Capture):
         return self._K, self._world_to_camera @ self._head_to_world[t]
 
     def view(self, t: int, v: int, depth: bool = True) -> View | None:
-        """What camera `v` saw at timestep `t`, over black instead of the export's white; None where not
-        exported.
+        """What camera `v` saw at timestep `t`, over black instead of the export's white, and as it is where
+        there are no masks; None where not exported.
         """
         frame = self._frames.get((self._steps[t], self.camera_ids[v]))
         if frame is None:
             return None
         image = read_picture(self.path / frame["file_path"], "RGB", self.size)
+        if not self._masked:
+            return View(image=image, mask=np.full(self.size, 255, np.uint8))
         mask = read_picture(self.path / frame["fg_mask_path"], "L", self.size)
         white = 255 - mask.astype(np.int16)[..., None]
         return View(image=np.clip(image.astype(np.int16) - white, 0, 255).astype(np.uint8), mask=mask)
