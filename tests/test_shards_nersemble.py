@@ -10,6 +10,7 @@ from avatars.errors import UserError
 from shards import check, open_shards, pack, read_capture
 from shards.readers.nersemble import correct_colors, polynomial_terms
 from shards.readers.vhap import flame_code, rotation_matrix
+from shards.readers.video import Video
 
 SERIALS = ["222200042", "222200037", "221501007", "222200036"]
 SIZE = (40, 28)
@@ -250,6 +251,31 @@ def test_the_tracked_benchmark_is_in_the_head_frame_and_packs(tmp_path):
     np.savez(folder / "tracking" / "flame2023_tracking_v2.npz", **flame)
     with pytest.raises(UserError, match=r"is no FLAME tracking of the benchmark .*frames"):
         read_capture(folder)
+
+
+def test_frames_of_a_video_come_in_any_order(tmp_path):
+    av = pytest.importorskip("av")
+    shades = [np.full((32, 48, 3), 4 * t + 20, np.uint8) for t in range(50)]
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.options = {"g": "12", "bf": "2", "crf": "4"}  # key frames, and frames out of order in the file
+        for shade in shades:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    video = Video(tmp_path / "x.mp4")
+    assert len(video) == 50
+    order = [0, 1, 2, 30, 31, 5, 49, 48, 12, 11, 13, 0, 49, 24]
+    for t in order:
+        assert abs(float(video.frame(t).mean()) - (4 * t + 20)) < 2, t
+    decoded = []
+    working = video._decode
+    video._decode = lambda t: (decoded.append(n) or (n, f) for n, f in working(t))
+    video.frame(40)
+    assert decoded == list(range(decoded[0], 41))  # from a key frame at most twelve before, and no further
+    assert decoded[0] >= 28
 
 
 def test_v1_folders_may_lack_the_frame_rate(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,11 @@ __all__ = ["Video"]
 
 
 class Video:
-    """A video file whose frames are decoded in sequence, which is how they are wanted.
+    """A video file whose frames are asked for by number, in any order.
 
-    Asking for a frame before the last one starts from the beginning: seeking by time misses frames in files
-    whose time stamps are not regular. Safe to use from several threads.
+    Frames are numbered by their presentation times, which are read from the packets without decoding. A frame
+    is decoded from the last key frame before it, or from the frame asked for last where that is nearer. Safe
+    to use from several threads.
 
     Raises:
         UserError: PyAV is not installed, or the file is no video.
@@ -33,39 +35,52 @@ class Video:
                 f"{path} is a video, and reading it needs PyAV: pip install 'headsplat[video]'."
             ) from None
         self._lock = threading.Lock()
-        self._frames: Iterator[NDArray[np.uint8]] = iter(())
-        self._next = -1
-        self._last: NDArray[np.uint8] | None = None
+        self._frames: Iterator[tuple[int, NDArray[np.uint8]]] = iter(())
+        self._last: tuple[int, NDArray[np.uint8]] | None = None  # number and picture
         try:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 self.height, self.width = stream.codec_context.height, stream.codec_context.width
-                self._count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+                packets = [p for p in container.demux(stream) if p.size]
+                self._keys = sorted(p.pts for p in packets if p.is_keyframe and p.pts is not None)
+                self._times = sorted(p.pts for p in packets if p.pts is not None)
         except (av.FFmpegError, OSError, IndexError) as error:
             raise UserError(f"{path} is not a readable video ({error}). Download it again.") from None
+        if not self._times or len(set(self._times)) < len(packets):
+            raise UserError(f"{path} has frames without a time of their own. Convert it to mp4 again.")
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._times)
 
     def frame(self, t: int) -> NDArray[np.uint8]:
         """Frame `t` (H, W, 3) as RGB."""
         with self._lock:
-            if self._last is None or t < self._next - 1:
-                self._frames, self._next, self._last = self._decode(), 0, None
-            for frame in self._frames if self._next <= t else ():
-                self._last, self._next = frame, self._next + 1
-                if self._next > t:
-                    break
-            if self._last is None or self._next <= t:
-                raise UserError(f"{self.path} ends before frame {t} of {self._count}. Download it again.")
-            return self._last
+            if self._last is None or self._last[0] > t or self._key(t) > self._last[0]:
+                self._frames, self._last = self._decode(t), None
+            while self._last is None or self._last[0] < t:
+                self._last = next(self._frames, None)
+                if self._last is None or self._last[0] > t:
+                    self._last = None
+                    raise UserError(f"{self.path} has no frame {t} of {len(self)}. Download it again.")
+            return self._last[1]
 
-    def _decode(self) -> Iterator[NDArray[np.uint8]]:
+    def _key(self, t: int) -> int:
+        """Number of the last key frame up to frame `t`."""
+        place = bisect_right(self._keys, self._times[t])
+        return bisect_left(self._times, self._keys[place - 1]) if place else 0
+
+    def _decode(self, t: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Numbers and pictures of the frames from a key frame before frame `t`."""
         import av
 
+        numbers = {time: number for number, time in enumerate(self._times)}
         try:
             with av.open(str(self.path)) as container:
-                for frame in container.decode(video=0):
-                    yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                stream = container.streams.video[0]
+                if t:
+                    container.seek(self._times[self._key(t)], stream=stream)
+                for frame in container.decode(stream):
+                    if frame.pts in numbers:
+                        yield numbers[frame.pts], np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         except av.FFmpegError as error:
             raise UserError(f"{self.path} cannot be decoded ({error}). Download it again.") from None
