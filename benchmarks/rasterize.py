@@ -42,8 +42,9 @@ SCENES = [(10_000, 128), (50_000, 128), (10_000, 256), (50_000, 256), (13_453, 5
 PEER_SCENES = [(10_000, 128), (50_000, 256)]
 FIELDS = ("means", "quats", "scales", "opacities", "colors")
 
-# Vector operations a block of pixels in kernels.cpp besides 2^x, as multiply-adds; a division counts as four.
-FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 22, 46
+# Vector operations a block of pixels in tiles.h besides 2^x and loads: arithmetic, comparisons and selections, each
+# as one multiply-add; a division counts as four.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 18, 40
 
 
 def head(count: int, pixels: int) -> tuple[Gaussians, Cameras, torch.Tensor]:
@@ -124,9 +125,14 @@ def measure(
     gaussians, all_cameras, weights = scene
     torch.set_num_threads(threads)
     step(draw, gaussians, all_cameras[:cameras], weights[:cameras])
-    return median_ms(
-        [step(draw, gaussians, all_cameras[:cameras], weights[:cameras]) for _ in range(repeats)]
-    )
+    both = [step(draw, gaussians, all_cameras[:cameras], weights[:cameras]) for _ in range(repeats)]
+    alone = []
+    with torch.no_grad():  # as an avatar is driven: nothing is kept for a backward
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            draw(gaussians, all_cameras[:cameras], (weights.shape[-2], weights.shape[-1]), torch.ones(3))
+            alone.append(time.perf_counter() - begin)
+    return median_ms(both) | {"forward_only_ms": round(1e3 * statistics.median(alone), 3)}
 
 
 def splax(python: str, count: int, pixels: int, repeats: int, realtime: bool) -> dict[str, float]:
@@ -212,6 +218,30 @@ def start_up() -> dict[str, float]:
     return seconds
 
 
+def memory() -> dict[str, Any]:
+    """What one forward and backward adds to a fresh process at its peak, and eight cameras to that, in MiB."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from rasterize import head, rasterize_cpu, step\n"
+        "def kib(name):\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith(name))\n"
+        "gaussians, cameras, weights = head(50_000, 256)\n"
+        "step(rasterize_cpu, gaussians[:10], cameras[:1], weights[:1])\n"
+        "for count in (1, 8):\n"
+        "    Path('/proc/self/clear_refs').write_text('5')  # forgets the peak\n"
+        "    before = kib('VmRSS'); step(rasterize_cpu, gaussians, cameras[:count], weights[:count])\n"
+        "    print((kib('VmHWM') - before) / 1024)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(HERE)]
+    one, eight = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "what": "50,000 Gaussians at 256 x 256, gradients included",
+        "cameras_1_mib": round(float(one)),
+        "cameras_8_mib_more": round(float(eight)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the result")
@@ -270,6 +300,8 @@ def main() -> None:
         load.append(os.getloadavg()[0])
         print(json.dumps(row), flush=True)
         scenes.append(row)
+    with undisturbed(options.realtime):
+        start_up_seconds = start_up()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     hardware = f"{platform.machine()}-{cores}cores"
     content = {
@@ -281,7 +313,8 @@ def main() -> None:
             "exponentials": 2,
             "multiply_adds": FORWARD_OPERATIONS + BACKWARD_OPERATIONS,
         },
-        "start_up_seconds": start_up(),
+        "start_up_seconds": start_up_seconds,
+        "memory_of_one_step": memory(),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "realtime_priority": options.realtime,
         "load_average": [round(value, 2) for value in load],
