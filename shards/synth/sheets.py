@@ -35,13 +35,14 @@ def identities_sheet(count: int = 24, columns: int = 8, size: int = 192, seed: i
     return grid(pictures, columns)
 
 
-def expressions_sheet(subject: int = 3, columns: int = 13, size: int = 112, crop: float = 0.62) -> Pixels:
+def expressions_sheet(subject: int = 3, columns: int = 13, size: int = 112, crop: float = 0.66) -> Pixels:
     """The 52 expression units of one person at full weight, in the order of their names, (H, W, 3)."""
     head = ParametricHead.load()
     person = draw_subject(head, subject)
     full = int(size / crop)
     cameras = rig("dome", 1, full)
     edge = (full - size) // 2
+    low = edge + full // 20  # a jaw drops below the middle
     pictures = []
     for name in head.expression_names:
         weights = {name: 1.0}
@@ -50,7 +51,7 @@ def expressions_sheet(subject: int = 3, columns: int = 13, size: int = 112, crop
         image = render(
             pose(head, person, code(weights), np.eye(4)), cameras.K[0], cameras.world_to_camera[0], full
         ).image
-        pictures.append(image[edge : edge + size, edge : edge + size])
+        pictures.append(image[low : low + size, edge : edge + size])
     return grid(pictures, columns)
 
 

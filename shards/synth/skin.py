@@ -241,7 +241,7 @@ def albedo(head: ParametricHead, look: Complexion, size: int = TEXTURE) -> NDArr
     color += np.clip(beard, 0, 0.9)[..., None] * (0.6 * hair + 0.25 * color - color)
     strokes = noise(p * [0.45, 1.4, 0.45], 700, rng) + 0.4 * noise(p, 300, rng)
     brow = np.clip(brow_field(p, look.brow_width) * (look.brows + 0.22 * strokes), 0, 0.94)
-    color += brow[..., None] * (np.minimum(hair * 0.8 + 0.008, 0.6 * base) - color)
+    color += brow[..., None] * (np.minimum(hair * 0.8 + 0.005, 0.42 * base) - color)
     scalp = smoothstep(-0.006, 0.008, hairline(p) - look.hairline_shift + 0.004 * noise(p, 140, rng))
     scalp *= np.isin(lay.label, [LABELS.index("skin"), LABELS.index("scalp")]) * (
         1 - smoothstep(0.1, 0.4, lay.masks["ears"])
