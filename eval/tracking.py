@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from avatars.errors import UserError
+from avatars.files import write_whole
 from eval.hashing import short_hash
 from eval.provenance import hardware, versions
 from eval.rows import Row, check_one_protocol, row_folder
@@ -30,7 +32,15 @@ from eval.rows import Row, check_one_protocol, row_folder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["TrainingRun", "dashboard_command", "flatten", "log_evaluation", "open_store"]
+__all__ = [
+    "TrainingRun",
+    "dashboard_command",
+    "dashboard_pages",
+    "flatten",
+    "log_evaluation",
+    "mark_ended",
+    "open_store",
+]
 
 TAG = "headsplat."
 FLUSH_SECONDS = 5.0
@@ -93,6 +103,34 @@ def dashboard_command(uri: str, port: int = 5000, host: str = "127.0.0.1") -> li
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
+def dashboard_pages(uri: str, address: str) -> dict[str, str]:
+    """Where the dashboard lists the runs of each protocol, the newest first.
+
+    MLflow opens an experiment on a page for language models unless the address says otherwise.
+
+    Args:
+        uri: the tracking store.
+        address: of the dashboard, for example `http://127.0.0.1:5000`.
+
+    Returns:
+        The protocol's name and id to the page's address.
+    """
+    client = open_store(uri)
+    with _quiet():
+        found = client.search_experiments(order_by=["last_update_time DESC"])
+        evaluations = {
+            experiment.name: str(experiment.experiment_id)
+            for experiment in found
+            if client.search_runs(
+                [experiment.experiment_id], f"tags.`{TAG}kind` = 'evaluation'", max_results=1
+            )
+        }
+    return {
+        name: f"{address.rstrip('/')}/#/experiments/{number}/runs?workflowType=machine_learning"
+        for name, number in evaluations.items()
+    }
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as MLflow's flat parameters: `{"model": {"width": 8}}` is `{"model.width": "8"}`."""
     flat: dict[str, str] = {}
@@ -107,13 +145,63 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+class Spool:
+    """What a run tells, one JSON line after the other on disk, and how far the store has taken it.
+
+    The file stays: it is the run's own record, and says after a restart what has been told already. Lines carry the
+    time at which they were told, so that a line that is sent twice is one entry in the store.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"mlflow-{run_id}.jsonl"
+        self._mark = folder / f"mlflow-{run_id}.sent"
+        self.fresh = not self.path.exists()
+        self._file = self.path.open("ab")
+        self._sent = int(self._mark.read_text()) if self._mark.is_file() else 0
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines; they are on the disk's way when this returns."""
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._file.flush()
+
+    def unsent(self, most: int = METRICS_A_BATCH) -> tuple[list[dict[str, Any]], int]:
+        """The next lines to send, and where they end in the file."""
+        with self.path.open("rb") as file:
+            file.seek(self._sent)
+            # A process that died in the middle of a line left a half: it is no line.
+            raw = [line for line, _ in zip(file, range(most), strict=False) if line.endswith(b"\n")]
+        return [json.loads(line) for line in raw], self._sent + sum(map(len, raw))
+
+    def sent(self, end: int) -> None:
+        """Remembers that the store has everything before `end`."""
+        self._sent = end
+        write_whole(self._mark, str(end))
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of every metric that was told."""
+        steps: dict[str, int] = {}
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                told = json.loads(line)
+                if "key" in told:
+                    steps[told["key"]] = max(told["step"], steps.get(told["key"], -1))
+        return steps
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 class TrainingRun:
     """One training in the tracking store, for rank 0; used as a context manager.
 
     Leaving it normally marks the run FINISHED; an exception of `killed_by`, an interrupt or an exit marks
     it KILLED; any other exception marks it FAILED, with the reason in the tag `headsplat.reason`. A process
-    that vanishes leaves it RUNNING until the next one with the same folder resumes it or puts KILLED. A
-    store that fails during training does not stop it: numbers wait and are sent with the next ones.
+    that vanishes leaves it RUNNING until `mark_ended`, or until the next one with the same folder resumes it or
+    puts KILLED. Everything is written to a spool in the run's folder and sent from there by a thread: a store that
+    is slow or away does not hold the training up, and what it has missed is sent when it is back, in this process
+    or in the next one of the same run.
 
     Args:
         uri: the tracking store.
@@ -144,58 +232,96 @@ class TrainingRun:
         self._uri, self._experiment, self._folder, self._params = uri, experiment, folder, params
         self._resume, self._killed_by, self._tags = resume, killed_by, dict(tags or {})
         self._client: MlflowClient | None = None
-        self._waiting: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
+        self._spool: Spool | None = None
         self._last_step: dict[str, int] = {}
-        self._next_flush = 0.0
         self._wait = 0.0  # seconds between tries, 0 while the store answers
+        self._sending = threading.Lock()
+        self._leaving = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._send, name="headsplat-tracking", daemon=True)
 
     def __enter__(self) -> TrainingRun:
-        client = self._client = open_store(self._uri)
-        experiment = _experiment(client, self._uri, self._experiment)
         remembered = self._remembered()
-        if self._resume is not None and _exists(client, self._resume):
-            self.run_id = self._resume
-            client.update_run(self.run_id, status="RUNNING")
+        try:
+            client = self._client = open_store(self._uri)
+        except UserError:
+            if self._resume is None or self._resume != remembered:
+                raise
+            self.run_id = self._resume  # the store knows the run and is away: it hears of it later
+            self._away()
         else:
-            if remembered is not None and _exists(client, remembered) and _running(client, remembered):
-                client.set_terminated(remembered, "KILLED")
-            self.run_id = client.create_run(experiment, run_name=self._folder.name).info.run_id
-        self._folder.mkdir(parents=True, exist_ok=True)
-        note = self._folder / f".{RUN_FILE}"
-        note.write_text(json.dumps({"uri": self._uri, "run_id": self.run_id}) + "\n")
-        note.replace(self._folder / RUN_FILE)
-        self._describe(client)
-        self._next_flush = time.monotonic() + FLUSH_SECONDS
+            experiment = _experiment(client, self._uri, self._experiment)
+            if self._resume is not None and _exists(client, self._resume):
+                self.run_id = self._resume
+                client.update_run(self.run_id, status="RUNNING")
+            else:
+                if remembered is not None and _exists(client, remembered) and _running(client, remembered):
+                    client.set_terminated(remembered, "KILLED")
+                self.run_id = client.create_run(experiment, run_name=self._folder.name).info.run_id
+            self._describe(client)
+        write_whole(self._folder / RUN_FILE, json.dumps({"uri": self._uri, "run_id": self.run_id}) + "\n")
+        self._spool = Spool(self._folder, self.run_id)
+        self._last_step = self._spool.last_steps()
+        self._thread.start()
         return self
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step. What a resumed run has told already is left out: nothing is doubled."""
         now = int(time.time() * 1000)
+        lines = []
         for key, value in metrics.items():
             if key not in self._last_step:
                 self._last_step[key] = self._step_told(key)
             if step > self._last_step[key]:
-                self._waiting.append((key, float(value), now, step))
+                lines.append({"key": key, "value": float(value), "timestamp": now, "step": step})
                 self._last_step[key] = step
-        full = len(self._waiting) >= METRICS_A_BATCH and not self._wait
-        if full or time.monotonic() >= self._next_flush:
-            self._try_flush()
+        self._spooled().append(lines)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copies a file to the run, under `folder` among its artifacts."""
-        with _quiet():
-            self._store().log_artifact(self.run_id, str(path), folder)
+        """Copies a file to the run, under `folder` among its artifacts; it must stay until it is sent."""
+        self._spooled().append([{"artifact": str(path.resolve()), "folder": folder}])
 
     def flush(self) -> None:
         """Sends what waits."""
         from mlflow.entities import Metric
 
-        client = self._store()
-        while self._waiting:
-            batch = self._waiting[:METRICS_A_BATCH]
-            with _quiet():
-                client.log_batch(self.run_id, metrics=[Metric(*entry) for entry in batch])
-            del self._waiting[: len(batch)]
+        spool = self._spooled()
+        with self._sending:
+            client = self._store()
+            while True:
+                lines, end = spool.unsent()
+                if not lines:
+                    return
+                metrics = [
+                    Metric(line["key"], line["value"], line["timestamp"], line["step"])
+                    for line in lines
+                    if "key" in line
+                ]
+                with _quiet():
+                    if metrics:
+                        client.log_batch(self.run_id, metrics=metrics)
+                    for line in lines:
+                        if "artifact" in line and Path(line["artifact"]).is_file():
+                            client.log_artifact(self.run_id, line["artifact"], line["folder"])
+                spool.sent(end)
+
+    def end(self, status: str, reason: str = "") -> None:
+        """The run's last status, from whatever thread; what comes after it changes nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self.flush()
+            if reason:
+                self._store().set_tag(self.run_id, f"{TAG}reason", reason[:1000])
+            self._store().set_terminated(self.run_id, status)
+        except Exception as trouble:
+            # The training's own outcome matters more than the tracker's; what was not sent stays on disk.
+            print(
+                f"headsplat: the tracking store did not take the end of the run ({trouble}); the same command sends "
+                f"what waits in {self._spooled().path}",
+                file=sys.stderr,
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -204,51 +330,51 @@ class TrainingRun:
         if kind is not None:
             stopped = (*self._killed_by, KeyboardInterrupt, SystemExit)
             status = "KILLED" if issubclass(kind, stopped) else "FAILED"
-        try:
-            self.flush()
-            if kind is not None:
-                self._store().set_tag(self.run_id, f"{TAG}reason", f"{kind.__name__}: {error}"[:1000])
-            self._store().set_terminated(self.run_id, status)
-        except Exception as trouble:
-            # The training's own outcome matters more than the tracker's; what was not sent stays on disk.
-            rest = self._folder / "mlflow-unsent.jsonl"
-            with rest.open("a") as file:
-                for key, value, milliseconds, step in self._waiting:
-                    line = {"key": key, "value": value, "timestamp": milliseconds, "step": step}
-                    file.write(json.dumps(line) + "\n")
+        self._leaving.set()
+        self._thread.join()
+        self.end(status, f"{kind.__name__}: {error}" if kind is not None else "")
+        self._spooled().close()
+
+    def _send(self) -> None:
+        """The thread: sends now and then, and less and less often while the store is away."""
+        while not self._leaving.wait(self._wait or FLUSH_SECONDS):
+            try:
+                self.flush()
+                self._wait = 0.0
+            except Exception as error:
+                self._away(error)
+
+    def _away(self, error: Exception | None = None) -> None:
+        first = not self._wait
+        self._wait = min(max(2 * self._wait, FIRST_WAIT), LONGEST_WAIT)
+        if first:
             print(
-                f"headsplat: the tracking store did not take the end of the run ({trouble}); see {rest}",
+                f"headsplat: the tracking store {self._uri} does not answer"
+                f"{f' ({type(error).__name__})' if error else ''}; training goes on and the numbers are sent later",
                 file=sys.stderr,
             )
 
     def _store(self) -> MlflowClient:
         if self._client is None:
-            raise RuntimeError("TrainingRun is a context manager: enter it before logging")
+            if not self.run_id:
+                raise RuntimeError("TrainingRun is a context manager: enter it before logging")
+            client = open_store(self._uri)
+            client.update_run(self.run_id, status="RUNNING")
+            self._describe(client)
+            self._client = client
         return self._client
 
-    def _try_flush(self) -> None:
-        try:
-            self.flush()
-            self._wait = 0.0
-            self._next_flush = time.monotonic() + FLUSH_SECONDS
-        except Exception as error:
-            first = not self._wait
-            # Each try may take a while to fail, so a longer outage is asked after less and less often.
-            self._wait = min(max(2 * self._wait, FIRST_WAIT), LONGEST_WAIT)
-            self._next_flush = time.monotonic() + self._wait
-            if first:
-                print(
-                    f"headsplat: the tracking store {self._uri} does not answer ({type(error).__name__}); "
-                    "training goes on and the numbers are sent later",
-                    file=sys.stderr,
-                )
+    def _spooled(self) -> Spool:
+        if self._spool is None:
+            raise RuntimeError("TrainingRun is a context manager: enter it before logging")
+        return self._spool
 
     def _step_told(self, key: str) -> int:
-        """Last step of a metric in the store; -1 for a new run."""
-        if self.run_id != self._resume:
+        """Last step of a metric that the spool does not know; -1 for a new run."""
+        if self.run_id != self._resume or self._client is None or not self._spooled().fresh:
             return -1
         with _quiet():
-            history = self._store().get_metric_history(self.run_id, key)
+            history = self._client.get_metric_history(self.run_id, key)
         return max((metric.step for metric in history), default=-1)
 
     def _remembered(self) -> str | None:
@@ -275,6 +401,25 @@ class TrainingRun:
         for start in range(0, max(len(new), len(tags)), PARAMS_A_BATCH):
             part = slice(start, start + PARAMS_A_BATCH)
             client.log_batch(self.run_id, params=new[part], tags=tags[part])
+
+
+def mark_ended(uri: str, folder: Path, status: str, reason: str) -> None:
+    """Ends a run whose process could not do so itself; one that has ended stays as it is.
+
+    Args:
+        uri: the tracking store.
+        folder: the run's folder.
+        status: "FAILED" or "KILLED".
+        reason: goes to the tag `headsplat.reason`.
+    """
+    try:
+        note = json.loads((folder / RUN_FILE).read_text())
+        client = open_store(uri)
+        if note["uri"] == uri and _exists(client, note["run_id"]) and _running(client, note["run_id"]):
+            client.set_tag(note["run_id"], f"{TAG}reason", reason[:1000])
+            client.set_terminated(note["run_id"], status)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return  # no run, or a store that is away: the next start of the run puts it right
 
 
 def log_evaluation(rows: Sequence[Row], results: Path, uri: str) -> list[str]:

@@ -175,6 +175,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
         UserError: a check failed, or the training ended without finishing.
         Preempted: SIGTERM came; the ranks have written a checkpoint and stopped.
     """
+    from eval.tracking import mark_ended
     from launch.multihost import checkpoint_bytes, train_on_hosts
     from shards import Manifest
     from train.tasks import task_for
@@ -205,6 +206,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
             command = deepspeed_command(config, port, words)
             status = subprocess.run(command, env=rank_environment()).returncode
             if status != 0:
+                mark_ended(workspace.tracking_uri, run, "FAILED", f"the ranks ended with status {status}")
                 raise UserError(f"The training in {run} ended with status {status}; what it said is above.")
     if exported_step(run) < config.steps:
         raise UserError(

@@ -1,6 +1,8 @@
 """MLflow for real, on SQLite: training runs that end well and badly, evaluations that are logged once."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ from test_eval_rows import ROW
 
 from avatars.errors import UserError
 from eval.rows import row_folder, write_row
-from eval.tracking import TrainingRun, dashboard_command, flatten, log_evaluation, open_store
+from eval.tracking import TrainingRun, dashboard_command, flatten, log_evaluation, mark_ended, open_store
+from launch.preflight import free_port
 
 PARAMS = {"recipe": "tiny", "model": {"width": 8, "heads": [1, 2]}, "lr": 1e-3}
 
@@ -101,8 +104,16 @@ def test_a_resumed_training_goes_on_without_doubles(uri, tmp_path):
     assert stored.data.tags["headsplat.changed.lr"] == "0.002"
 
 
+def vanish(run):
+    """Leaves a run as a killed process does."""
+    run._leaving.set()
+    run._thread.join()
+    run._spool.close()
+
+
 def test_a_training_that_vanished_is_killed_when_another_starts_in_its_folder(uri, tmp_path):
     vanished = TrainingRun(uri, "tiny", tmp_path, PARAMS).__enter__()
+    vanish(vanished)
     assert json.loads((tmp_path / "mlflow.json").read_text())["run_id"] == vanished.run_id
     with TrainingRun(uri, "tiny", tmp_path, PARAMS) as fresh:
         fresh.log_metrics({"train/loss": 1.0}, 1)
@@ -114,22 +125,72 @@ def test_a_training_that_vanished_is_killed_when_another_starts_in_its_folder(ur
     assert open_store(uri).get_run(fresh.run_id).info.status == "FINISHED"
 
 
-def test_a_store_that_is_away_for_a_while_gets_everything_later(uri, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.tracking.FLUSH_SECONDS", 0.0)
-    with TrainingRun(uri, "tiny", tmp_path, PARAMS) as run:
-        client = run._store()
-        works = client.log_batch
+def serve(database, port):
+    """A real tracking server; returns when it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
+    artifacts = ["--artifacts-destination", str(Path(database.removeprefix("sqlite:///")).parent / "served")]
+    server = subprocess.Popen(
+        [*command, *artifacts, "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    )
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+            return server
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError("the tracking server did not start")
 
-        def away(*arguments, **options):
-            raise ConnectionError("no route")
 
-        monkeypatch.setattr(client, "log_batch", away)
-        for step in range(1, 4):
-            run.log_metrics({"train/loss": float(step)}, step)
-        monkeypatch.setattr(client, "log_batch", works)
-        run.log_metrics({"train/loss": 4.0}, 4)
-    assert history(uri, run.run_id, "train/loss") == [(step, float(step)) for step in range(1, 5)]
-    assert capsys.readouterr().err.count("does not answer") == 1
+def stop(server):
+    os.killpg(server.pid, signal.SIGKILL)  # as an outage is: without a goodbye
+    server.wait()
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_a_server_that_is_stopped_and_started_misses_and_doubles_nothing(uri, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("eval.tracking.FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr("eval.tracking.FIRST_WAIT", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    port = free_port(None)
+    address = f"http://127.0.0.1:{port}"
+    (tmp_path / "picture.png").write_bytes(b"picture")
+    server = serve(uri, port)
+    try:
+        with TrainingRun(address, "away", tmp_path / "run", PARAMS) as run:
+            run.log_metrics({"train/loss": 1.0}, 1)
+            wait_for(lambda: not run._spool.unsent()[0])
+            stop(server)
+            run.log_metrics({"train/loss": 2.0}, 2)
+            run.log_artifact(tmp_path / "picture.png", "pictures")
+            wait_for(lambda: run._wait)
+            run.log_metrics({"train/loss": 3.0}, 3)
+            server = serve(uri, port)
+            wait_for(lambda: not run._spool.unsent()[0])
+            run._spool.sent(0)  # as if the process had died between the store's yes and its own note of it
+            run.log_metrics({"train/loss": 4.0}, 4)
+            stop(server)
+        assert "the tracking store did not take the end of the run" in capsys.readouterr().err
+        server = serve(uri, port)
+        stored = open_store(address).get_run(run.run_id)
+        assert stored.info.status == "RUNNING"
+        with TrainingRun(address, "away", tmp_path / "run", PARAMS, resume=run.run_id) as again:
+            again.log_metrics({"train/loss": 4.0}, 4)
+            again.log_metrics({"train/loss": 5.0}, 5)
+        assert again.run_id == run.run_id
+        told = open_store(address).get_metric_history(run.run_id, "train/loss")
+        assert [(m.step, m.value) for m in told] == [(step, float(step)) for step in range(1, 6)]
+        assert open_store(address).get_run(run.run_id).info.status == "FINISHED"
+        assert [f.path for f in open_store(address).list_artifacts(run.run_id, "pictures")]
+    finally:
+        stop(server)
 
 
 def test_a_store_that_stays_away_neither_fails_the_training_nor_loses_its_numbers(
@@ -142,9 +203,23 @@ def test_a_store_that_stays_away_neither_fails_the_training_nor_loses_its_number
             raise ConnectionError("no route")
 
         monkeypatch.setattr(run._store(), "log_batch", away)
-    (line,) = (tmp_path / "mlflow-unsent.jsonl").read_text().splitlines()
-    assert {"key": "train/loss", "value": 0.5, "step": 7}.items() <= json.loads(line).items()
     assert "did not take the end of the run" in capsys.readouterr().err
+    assert open_store(uri).get_run(run.run_id).info.status == "RUNNING"
+    with TrainingRun(uri, "tiny", tmp_path, PARAMS, resume=run.run_id):
+        pass
+    assert history(uri, run.run_id, "train/loss") == [(7, 0.5)]
+
+
+def test_a_run_whose_process_vanished_is_ended_by_whoever_waited_for_it(uri, tmp_path):
+    run = TrainingRun(uri, "tiny", tmp_path, PARAMS).__enter__()
+    vanish(run)
+    mark_ended(uri, tmp_path, "FAILED", "the ranks ended with status 9")
+    stored = open_store(uri).get_run(run.run_id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["headsplat.reason"] == "the ranks ended with status 9"
+    mark_ended(uri, tmp_path, "KILLED", "again")
+    assert open_store(uri).get_run(run.run_id).info.status == "FAILED"
+    mark_ended(uri, tmp_path / "nowhere", "FAILED", "no run")
 
 
 def results(tmp_path, rows):

@@ -1,9 +1,12 @@
 """The trainer's parts without any training: arithmetic, losses, checkpoint files, refusals."""
 
 import json
+import math
 import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +16,13 @@ from avatars.errors import UserError
 from launch.cli import main
 from launch.recipes import RECIPES, find_recipe
 from train.checkpoint import Meta, damage, latest, newest_first, prune
-from train.config import CheckpointConfig, LossConfig, accumulation
+from train.config import CheckpointConfig, GuardConfig, LossConfig, accumulation
 from train.deepspeed_config import KNOWN_KEYS, deepspeed_json
+from train.guards import GradientGate, LossSpikes
+from train.loop import accumulate, agree, judge
 from train.start import check_precision, find_checkpoint, first_micro_batch
 from train.tasks import config_from_json, task_for
+from train.telemetry import RunLog
 from train.writing import BackgroundWriter, digest, snapshot
 
 
@@ -295,3 +301,95 @@ def test_the_disk_that_forgets_is_caught(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="reads back otherwise"):
         writer.collect()
     writer.close()
+
+
+# A step with examples whose loss is not finite
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Line(nn.Module):
+    """The loss is w * x, so the gradient of w is x."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+        self.micro_steps = 0
+
+    def forward(self, batch):
+        return self.w * batch["x"], {"l1": batch["x"]}
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.micro_steps += 1
+
+
+@pytest.fixture
+def log(tmp_path):
+    with closing(RunLog(tmp_path, 0)) as log:
+        yield log
+
+
+def training_on(values, log, **guard):
+    """As much of a training as `accumulate` and `judge` look at."""
+    engine = Line()
+    config = recipe(accumulate=len(values), guard=GuardConfig(**guard))
+    return SimpleNamespace(
+        engine=engine,
+        config=config,
+        accumulate=len(values),
+        gate=GradientGate(engine) if config.guard.nonfinite == "skip" else None,
+        loader=iter([{"x": torch.tensor(value), "ids": [f"example-{value}"]} for value in values]),
+        watch=SimpleNamespace(enter=lambda phase, limit: None),
+        spikes=LossSpikes(0.0),
+        log=log,
+        skips=0,
+    )
+
+
+def test_a_nan_is_left_out_of_the_step_and_told(alone, log, tmp_path, capsys):
+    t = training_on([2.0, math.nan, 4.0], log, nonfinite="skip")
+    own = accumulate(t, progress=0.0)
+    assert t.engine.micro_steps == 2  # the optimiser's own step is the loop's
+    assert float(t.engine.w.grad) == 6.0
+    assert own.left_out == ["example-nan"]
+    means, wishes = agree(own, stop=False, skipped=bool(own.left_out))
+    assert means == {"loss": 3.0, "l1": 3.0}
+    assert wishes == {"stop": 0.0, "skipped": 1.0}
+    judge(t, own, means, skipped=True, step=4)
+    assert "step 5: left out example-nan, whose loss is not finite (1 of 10)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "logs" / "rank0.jsonl").read_text())["examples"] == ["example-nan"]
+
+
+@pytest.mark.parametrize(
+    ("values", "guard", "sentence"),
+    [
+        (
+            [2.0, math.nan],
+            {"nonfinite": "stop"},
+            "The loss is nan at step 5, from the examples example-2.0, exa",
+        ),
+        ([math.nan], {"nonfinite": "skip"}, "from the examples example-nan; no example is left"),
+        ([2.0, math.inf], {"nonfinite": "skip", "max_skips": 0}, "that is more than --guard.max-skips 0"),
+    ],
+)
+def test_a_nan_ends_the_run_where_the_policy_says(alone, log, values, guard, sentence):
+    t = training_on(values, log, **guard)
+    own = accumulate(t, progress=0.0)
+    means, wishes = agree(own, skipped=bool(own.left_out))
+    with pytest.raises(UserError) as told:
+        judge(t, own, means, wishes["skipped"] > 0, step=4)
+    assert sentence in str(told.value)
+    assert "The last checkpoint is whole" in str(told.value)

@@ -424,5 +424,7 @@ class Watch:
         self._known.set()
         if self._leaving.wait(GRACE):
             return
-        self._tell(reason)
-        os._exit(1)
+        try:
+            self._tell(reason)
+        finally:
+            os._exit(1)
