@@ -126,8 +126,8 @@ def _check_manifest(manifest: Manifest) -> Iterator[Finding]:
         if not manifest.subjects(split):
             yield Finding("warning", name, f"the {split} split is empty.")
     length = manifest.expression_length
-    statistics = np.array([manifest.expression_mean, manifest.expression_std])
-    if statistics.shape != (2, length) or not np.isfinite(statistics).all():
+    statistics = (manifest.expression_mean, manifest.expression_std)
+    if any(len(values) != length or not np.isfinite(values).all() for values in statistics):
         yield Finding(
             "error", name, f"the statistics of the codes are not two lists of {length} finite numbers."
         )

@@ -299,6 +299,58 @@ def test_a_lying_index_is_refused(shards):
         reader.read("target-00000", ["099.jpg"])
 
 
+def set_shard(number, **values):
+    return lambda m: m["shards"][number].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: m["train"].append("s07"), "error: manifest.json: s07 is in the split but has no shard."),
+        (lambda m: m["train"].remove("s00"), "error: manifest.json: s00 has shards but is in no split."),
+        (lambda m: m["heldout"].clear(), "warning: manifest.json: the heldout split is empty."),
+        (lambda m: m["expression_mean"].pop(), "the statistics of the codes are not two lists of 52 finite"),
+        (
+            lambda m: m["expression_std"].__setitem__(0, float("nan")),
+            "error: manifest.json: the statistics of the codes are not two lists of 52 finite numbers.",
+        ),
+        (set_shard(1, path="s00-0000.tar"), "error: manifest.json: 2 shards have the name s00-0000.tar."),
+        (lambda m: set_shard(1, sha256=m["shards"][0]["sha256"])(m), "error: manifest.json: 2 shards have the hash"),
+        (set_shard(0, views=[4] * 6), "s00-0000.tar: has 5 target samples where the manifest says 6."),
+        (set_shard(0, inputs=[]), "s00-0000.tar: has 1 inputs samples where the manifest says 0."),
+    ],
+)  # fmt: skip
+def test_manifests_that_do_not_agree_are_found(shards, change, sentence):
+    edit_manifest(shards, change)
+    lines = told(shards, pictures=False)
+    assert any(line.startswith(sentence) or sentence in line for line in lines), lines
+
+
+def test_a_member_that_is_there_twice_is_found(shards):
+    path = shards / "s00-0000.tar"
+    content = path.read_bytes()
+    size = int(content[124:135], 8)
+    first = content[: 512 + -(-size // 512) * 512]
+    path.write_bytes(first + content)
+    assert "error: s00-0000.tar: inputs-000.json: is there twice." in told(shards, pictures=False)
+
+
+def test_a_capture_and_a_picture_in_both_splits_are_found(shards):
+    def leak(key, members):
+        if key == "target-00000":
+            members["json"] = members["json"].replace(b'"capture":"s02"', b'"capture":"s00"')
+            members["000.jpg"] = stolen
+
+    shard = Manifest.load(shards).shards[0]
+    stolen = bytes(ShardReader(shards / shard.path, shard.index).read("target-00002", ["000.jpg"])["000.jpg"])
+    rewrite(shards, "s02-0000.tar", leak)
+    lines = told(shards)
+    assert "error: s00: this capture is in both the training and the held-out split." in lines
+    assert any(
+        "shows the same picture as s00-0000.tar: target-00002, across the split" in line for line in lines
+    )
+
+
 def test_many_findings_of_a_kind_are_counted(shards):
     rewrite(shards, "s00-0000.tar", lambda k, m: [m.pop(e) for e in list(m) if e.endswith("jpg")])
     findings = told(shards)
