@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +73,7 @@ def fit_subjects(
     *,
     source: FitSource | None = None,
     captures: str | Path | None = None,
-    head: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     split: str = "heldout",
     subjects: Iterable[str] | None = None,
     workers: int | None = None,
@@ -98,7 +98,7 @@ def fit_subjects(
         out: where results go.
         source: what of a person is fitted to, its first input set when None.
         captures: a capture, or a folder of captures, of any layout that `shards.read_capture` knows.
-        head: the parametric head to fit on, the configuration's when None.
+        overrides: fields of the recipe, or of its `model`, to change: {"steps": 1000, "head": "makehuman"}.
         split: whose subjects: "train" or "heldout"; of captures all are fitted.
         subjects: only these.
         workers: actors at work at the same time; as many as the machine's CPUs (or GPUs) allow when None.
@@ -122,7 +122,7 @@ def fit_subjects(
     source = source or FitSource()
     if gpus_per_actor is None:
         gpus_per_actor = float(gpus_here() > 0)
-    config = _configuration(method, gpus_per_actor > 0, source, head)
+    config = _configuration(method, gpus_per_actor > 0, source, overrides or {})
     people = _captures(captures) if captures is not None else _packed(shards_folder, split)
     chosen = _choose(people, subjects, str(captures) if captures is not None else f"the split {split!r}")
     tell = on_event or (lambda event: None)
@@ -364,11 +364,13 @@ def _pictures(place: dict[str, str], subject: str, source: FitSource) -> tuple[A
     return from_shards(open_shards(place["shards"], place["split"]).read(subject), source), None
 
 
-def _configuration(method: str | FitConfig, gpu: bool, source: FitSource, head: str | None) -> FitConfig:
-    if not isinstance(method, str):
-        return method
-    config: Any = _recipe(method, gpu, source)
-    return config if head is None else replace(config, model=replace(config.model, head=head))
+def _configuration(
+    method: str | FitConfig, gpu: bool, source: FitSource, overrides: Mapping[str, Any]
+) -> FitConfig:
+    config: Any = _recipe(method, gpu, source) if isinstance(method, str) else method
+    own = {name: value for name, value in overrides.items() if hasattr(config, name)}
+    model = {name: value for name, value in overrides.items() if name not in own}
+    return replace(config, **own, model=replace(config.model, **model)) if overrides else config
 
 
 def _recipe(method: str, gpu: bool, source: FitSource) -> FitConfig:

@@ -85,9 +85,9 @@ class _Actor:
             return "value", function(arguments, report)
         except UserError as error:
             return "user", str(error)
-        except MemoryError:
-            return "error", "out of memory"
         except Exception as error:
+            if _out_of_memory(error):
+                return "error", "it ran out of memory; give each actor more, or run fewer at a time"
             where = traceback.extract_tb(error.__traceback__)[-1]
             return "error", f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
 
@@ -260,6 +260,13 @@ def _ask_progress(working: list[_Slot], tell: Callable[[Event], None]) -> None:
         slot.asked = None
         if report and slot.job is not None:
             tell(Event("progress", slot.job.name, report))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python, a GPU, and PyTorch on a CPU each have their own way to say it."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _sentence(error: Exception) -> str:

@@ -50,6 +50,10 @@ class FitOptions:
     """Largest side in pixels of a capture's pictures."""
     head: str | None = None
     """Parametric head to fit on; the recipe's by default."""
+    steps: int | None = None
+    """Optimiser steps; the recipe's by default."""
+    uv_resolution: int | None = None
+    """Side of the UV map, of whose pixels each covered one is a Gaussian (64, 128, 256); the recipe's by default."""
     workers: int | None = None
     """Fits at a time; as many as there is room for by default, in the cluster that RAY_ADDRESS names or here."""
     cpus: float = 1
@@ -105,7 +109,11 @@ def run_fits(options: FitOptions, shards: Path | None, workspace: Workspace) -> 
         workspace.fits,
         source=_source(options),
         captures=options.captures,
-        head=options.head,
+        overrides={
+            name: value
+            for name in ("head", "steps", "uv_resolution")
+            if (value := getattr(options, name)) is not None
+        },
         subjects=options.subjects or None,
         workers=options.workers,
         cpus_per_actor=options.cpus,

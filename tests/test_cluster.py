@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -149,6 +150,53 @@ def test_actors_without_gpus_see_none_and_use_their_cpus():
     assert outcome.value == ("", 2)
 
 
+def hungry(arguments, report):
+    if arguments["appetite"] == "torch":
+        return torch.empty(2**46).sum().item()
+    if arguments["appetite"] == "python":
+        return len(bytearray(2**46))
+    return "fed"
+
+
+def test_an_actor_out_of_memory_is_a_sentence_and_others_go_on():
+    jobs = [Job(appetite, {"appetite": appetite}) for appetite in ("torch", "python", "none")]
+    starved, also, fed = run_jobs(hungry, jobs, slots=1, retries=0)
+    assert starved.error == also.error == "it ran out of memory; give each actor more, or run fewer at a time"
+    assert fed.value == "fed"
+
+
+def fit_and_look(arguments, report):
+    result = fit_one(arguments, report)
+    return result | {"tracker": "mlflow" in sys.modules}
+
+
+def test_an_actor_never_touches_the_tracker(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.fit.fit_one", fit_and_look)
+    (result,) = fit_subjects(CONFIG, shards, tmp_path, subjects=["s01"]).results
+    assert result.result["tracker"] is False
+
+
+def test_captures_are_fitted_and_one_that_is_none_stops_nobody_else(shards, tmp_path):
+    captures = tmp_path / "captures"
+    (captures / "empty").mkdir(parents=True)
+    (captures / "s01").symlink_to(shards.parent / "captures" / "s01")
+    source = FitSource("views", views=3, held_views=2)
+    none, fitted = fit_subjects(CONFIG, None, tmp_path / "out", captures=captures, source=source).results
+    assert none.error is not None
+    assert "empty is not a capture" in none.error
+    assert (fitted.status, fitted.method) == ("fitted", "flashavatar-views")
+    assert fitted.folder == tmp_path / "out" / "flashavatar-views" / "s01"
+    assert fitted.result["held_out"]["pictures"] == 2
+    assert fitted.result["held_out"]["psnr"] > 5
+    assert load_avatar(fitted.folder).expression_length == 52
+    again = fit_subjects(CONFIG, None, tmp_path / "out", captures=captures / "s01", source=source)
+    assert [(r.subject, r.status) for r in again.results] == [("s01", "kept")]
+    with pytest.raises(UserError, match="give a folder of shards"):
+        fit_subjects(CONFIG, None, tmp_path)
+    with pytest.raises(UserError, match="is not a folder; --captures"):
+        fit_subjects(CONFIG, None, tmp_path, captures=tmp_path / "nothing")
+
+
 def describe_actor(arguments, report):
     return os.environ.get("CUDA_VISIBLE_DEVICES"), torch.get_num_threads()
 
@@ -266,7 +314,6 @@ print(json.dumps({"listens": sorted(open_to_all), "left": gone, "folder": folder
 
 def test_a_private_ray_listens_on_this_machine_only_and_leaves_nothing(tmp_path):
     import subprocess
-    import sys
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
