@@ -1,6 +1,6 @@
 """How fast Gaussians are drawn on a CPU, forward and backward, against peers and the machine's floor.
 
-    python benchmarks/rasterize.py [--out FOLDER] [--splax PYTHON] [--repeats 9] [--realtime]
+    python benchmarks/rasterize.py [--out FOLDER] [--splax PYTHON] [--repeats 9] [--realtime] [--table]
 
 Every figure is the median over repeats in one run, projection included. Run it on an otherwise idle machine, or
 with --realtime, which holds other processes off the cores for the seconds in which something is measured, peers
@@ -242,6 +242,26 @@ def memory() -> dict[str, Any]:
     }
 
 
+def table(content: dict[str, Any]) -> str:
+    """The Markdown table of docs/rasterizer.md."""
+    lines = [
+        "| Gaussians | picture | cameras | 1 thread | 2 threads | 1 thread, no gradients | lanes lit | floor | times |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in content["scenes"]:
+        for cameras in (1, 8):
+            cell = row[f"cameras_{cameras}"]
+            one, two = cell["threads_1"], cell["threads_2"]
+            numbers = [
+                f"{row['gaussians']:,} | {row['pixels']}² | {cameras}",
+                *(f"{both['forward_ms']:.1f} + {both['backward_ms']:.1f}" for both in (one, two)),
+                f"{one['forward_only_ms']:.1f} | {cell['lit_share_of_lanes']:.0%}",
+                f"{cell['floor_ms_1_thread']:.2f} | {cell['times_the_floor']:.1f}",
+            ]
+            lines.append(f"| {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the result")
@@ -252,7 +272,14 @@ def main() -> None:
         action="store_true",
         help="measure at real-time priority (needs root)",
     )
+    parser.add_argument(
+        "--table", action="store_true", help="print the last result of two cores as Markdown instead"
+    )
     options = parser.parse_args()
+    if options.table:
+        result = options.out / f"rasterize-{platform.machine()}-2cores.json"
+        print(table(json.loads(result.read_text())))
+        return
     warnings.simplefilter("ignore")
     cores = os.cpu_count() or 1
     load = [os.getloadavg()[0]]

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +230,29 @@ def test_missing_and_unknown_files_are_named(tmp_path):
     refused(tmp_path / "a.obj", "no splat format")
     with pytest.raises(UserError, match=r"\.spz"):
         save_gaussians(shell(1), tmp_path / "a.obj")
+
+
+@pytest.mark.parametrize("ending", ["ply", "splat", "spz"])
+def test_what_cannot_be_drawn_is_not_written(tmp_path, ending):
+    g = shell(5)
+    g.scales[3, 1] = float("nan")
+    with pytest.raises(UserError, match="scales"):
+        save_gaussians(g, tmp_path / f"a.{ending}")
+    g = shell(5)
+    g.quats[2] = 0
+    with pytest.raises(UserError, match="quats"):
+        save_gaussians(g, tmp_path / f"a.{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_opened_is_a_sentence(tmp_path, monkeypatch):
+    save_gaussians(shell(2), tmp_path / "a.ply")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refused(tmp_path / "a.ply", "Permission denied")
 
 
 @pytest.mark.parametrize("ending", ["ply", "splat", "spz"])

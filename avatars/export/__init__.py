@@ -14,6 +14,7 @@ from avatars.export.ply import read_ply, write_ply
 from avatars.export.splat import read_splat, write_splat
 from avatars.export.spz import read_spz, write_spz
 from avatars.gaussians import Gaussians
+from avatars.rasterize.common import check_values
 
 __all__ = [
     "load_gaussians",
@@ -44,12 +45,13 @@ def save_gaussians(
             `<path>.json`, because those have no room for it.
 
     Raises:
-        UserError: an ending that names no format.
+        UserError: an ending that names no format, or values that no reader could draw (NaN, a zero quaternion).
     """
     path = Path(path)
     writers = {".ply": write_ply, ".splat": write_splat, ".spz": write_spz}
     if path.suffix.lower() not in writers:
         raise UserError(f"{path} names no splat format: end it in .ply, .splat or .spz.")
+    check_values(gaussians, None)
     opencv = gaussians.transform(_HALF_TURN) if up == "+y" else gaussians
     if path.suffix.lower() == ".ply":
         write_ply(opencv, path, [f"headsplat {json.dumps(provenance)}"] if provenance else [])
@@ -71,5 +73,8 @@ def load_gaussians(path: str | Path, up: Up = "+y") -> Gaussians:
         raise UserError(f"{path} names no splat format: .ply, .splat and .spz can be read.")
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    gaussians = readers[path.suffix.lower()](path)
+    try:
+        gaussians = readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     return gaussians.transform(_HALF_TURN) if up == "+y" else gaussians

@@ -41,7 +41,10 @@ def gsplat_problem() -> str | None:
     try:
         _draw_one()
     except Exception as error:  # such as kernels that were built for another kind of GPU
-        return f"Its CUDA kernels do not run here ({_reason(error)}): delete its build to have it made again."
+        return (
+            f"Its CUDA kernels do not run here ({_reason(error)}). "
+            "If they were built on another kind of GPU, delete gsplat_cuda in torch's extension folder."
+        )
     return None
 
 
