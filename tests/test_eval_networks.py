@@ -24,6 +24,7 @@ from eval.metrics import (
     Pictures,
 )
 from eval.networks import NotAvailable, available_weights, find_weights, load_judge, lpips_network
+from eval.perceptual import Perceptual
 
 
 @pytest.fixture
@@ -104,6 +105,31 @@ def test_lpips_is_the_formula_with_the_users_trunk(weights_folder, trunk, portra
     assert all(len(digest) == 64 for digest in judge.weights.values())
     with pytest.raises(NotAvailable, match="at least 64 pixels"):
         judge.measure(Pictures(target[..., :40]), Pictures(target[..., :40]))
+
+
+def test_targets_are_remembered_and_shared_without_changing_a_number(weights_folder, trunk, portrait):
+    definition = given(weights_folder, trunk)
+    network = lpips_network("alex", weights_folder / definition.weights[0][0], "")[0]
+    small = portrait[..., :96, :80]
+    targets = torch.cat([small, small.flip(-1)])
+    random = torch.Generator().manual_seed(2)
+    predictions = (targets[[0, 0, 1]] + 0.1 * torch.randn(3, *small.shape[1:], generator=random)).clamp(0, 1)
+    with torch.no_grad():
+        expected = network(predictions, targets[[0, 0, 1]], normalize=True).flatten().tolist()
+    for remembered in (0, 10**9):  # the first keeps one target only
+        perceptual = Perceptual(network, remembered)
+        seen: list[int] = []
+        handle = network.net.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        shared = perceptual.distances(Pictures(predictions[:2]), Pictures(targets[:1]))
+        assert len(seen) == 3  # one target, two predictions
+        paired = perceptual.distances(Pictures(predictions), Pictures(targets[[0, 0, 1]]))
+        assert len(seen) == 3 + 4
+        again = perceptual.distances(Pictures(predictions[:1]), Pictures(targets[:1]))
+        assert len(seen) == 7 + (1 if remembered else 2)
+        handle.remove()
+        assert paired[:2] == shared
+        assert again == shared[:1]
+        np.testing.assert_allclose(paired, expected, rtol=1e-4)
 
 
 def test_another_trunk_is_the_users_too(weights_folder):
