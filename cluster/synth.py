@@ -45,11 +45,11 @@ def synthesize_population(
         raise UserError(f"workers is {workers}; it must lie between 1 and 10000")
 
     def run(jobs: list[dict[str, Any]], advance: Callable[[int], None]) -> None:
-        here = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+        here = min(len(jobs), workers or _cores_here())
         with ray_session(here):
             _run(jobs, advance, min(len(jobs), workers or _cores()), on_event or (lambda event: None))
 
-    alone = min(count, workers or len(os.sched_getaffinity(0))) == 1 and "RAY_ADDRESS" not in os.environ
+    alone = min(count, workers or _cores_here()) == 1 and "RAY_ADDRESS" not in os.environ
     return synthesize(out, subjects=subjects, run=None if alone else run, **settings)
 
 
@@ -95,6 +95,11 @@ def _run(
             f"{len(failed)} of {len(jobs)} people could not be made, the first is {failed[0].name}: {failed[0].error}. "
             "The others are complete; run the same command again."
         )
+
+
+def _cores_here() -> int:
+    """CPUs that this process may use; not every system can tell them from all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cores() -> int:
