@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("launch.evaluation:evaluate", "measures a trained model or fitted avatars on held-out people"),
     "report": ("launch.evaluation:report", "compares everything that was evaluated"),
     "dashboard": ("launch.evaluation:dashboard", "opens the MLflow dashboard"),
+    "completion": ("launch.completion:completion", "prints a script that completes commands in bash or zsh"),
     "demo": ("launch.demo:demo", "captures to compared avatars, all of it: `make demo`"),
 }
 
