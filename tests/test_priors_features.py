@@ -151,32 +151,45 @@ def test_dinov2_reads_metas_file_and_timms(tmp_path, registers):
         assert model(picture).shape == (1, 384, 37, 37)
 
 
-def test_sapiens2_reads_metas_names(tmp_path):
-    """The smallest size, in Meta's names, made out of timm's; one deep, so that the test stays small."""
+def metas_names(weights):
+    """A Sapiens2 state dict of timm's under the names of Meta's files."""
+    pairs = (
+        ("reg_token", "storage_tokens"), ("patch_embed.proj.", "patch_embed.projection."), (".q_proj.", ".wq."),
+        (".k_proj.", ".wk."), (".v_proj.", ".wv."), ("gamma_1", "attn.gamma.weight"), (".norm1.", ".ln1."),
+        (".norm2.", ".ln2."), (".mlp.fc1.", ".ffn.w12."), (".mlp.fc2.", ".ffn.w3."),
+    )  # fmt: skip
+    renamed = {}
+    for key, value in weights.items():
+        for ours, theirs in pairs:
+            key = key.replace(ours, theirs)
+        renamed[f"ln1.{key[5:]}" if key.startswith("norm.") else key] = value
+    return renamed | {"rope_embed.periods": torch.ones(16), "mask_token": torch.zeros(1, 768)}
+
+
+def test_sapiens2_reads_metas_file(tmp_path, monkeypatch):
+    """The smallest size, one layer deep, so that the test stays small; the whole one refuses that file."""
     import timm
     from safetensors.torch import save_file
-    from timm.models.eva import checkpoint_filter_fn
 
-    vit = timm.create_model("vit_base_patch16_sapiens2", num_classes=0, depth=1, num_kv_heads=12)
-    theirs = {}
-    for key, value in vit.state_dict().items():
-        key = key.replace("reg_token", "storage_tokens").replace(
-            "patch_embed.proj.", "patch_embed.projection."
-        )
-        for ours, meta in (("q", "wq"), ("k", "wk"), ("v", "wv")):
-            key = key.replace(f"attn.{ours}_proj.", f"attn.{meta}.")
-        key = (
-            key.replace("gamma_1", "attn.gamma.weight")
-            .replace(".norm1.", ".ln1.")
-            .replace(".norm2.", ".ln2.")
-        )
-        key = f"ln1.{key[5:]}" if key.startswith("norm.") else key
-        theirs[key] = value
-    assert "blocks.0.attn.wq.weight" in theirs
-    assert checkpoint_filter_fn(dict(theirs), vit).keys() == vit.state_dict().keys()
-    save_file(theirs, tmp_path / "sapiens2_0.1b_pretrain.safetensors")
-    with pytest.raises(UserError, match="of another architecture"):  # eleven blocks are missing
-        load_sapiens2(tmp_path / "sapiens2_0.1b_pretrain.safetensors", "0.1b")
+    create = timm.create_model
+    vit = create("vit_base_patch16_sapiens2", num_classes=0, depth=1, num_kv_heads=12)
+    file = tmp_path / "sapiens2_0.1b_pretrain.safetensors"
+    save_file(metas_names(vit.state_dict()), file)
+    with pytest.raises(UserError, match="of another architecture"):  # eleven layers are missing
+        load_sapiens2(file, "0.1b")
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **more: create(name, depth=1, num_kv_heads=12, **more)
+    )
+    model = load_sapiens2(file, "0.1b")
+    assert (model.dim, model.grid) == (768, (64, 64))
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = model(picture)
+    assert features.shape == (1, 768, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    whole = F.interpolate(picture, (1024, 1024), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        tokens = vit.eval().forward_features((whole - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(features.flatten(2).mT, tokens[:, 9:], atol=1e-4, rtol=1e-4)
 
 
 def test_files_that_are_not_sapiens_are_refused_in_a_sentence(tmp_path):
