@@ -54,10 +54,16 @@ RECOVERY = (
 
 
 class StopSignal:
-    """Whether somebody asked the run to stop: SIGTERM, SIGINT, or the file `stop` in the run's folder."""
+    """Whether somebody asked the run to stop: SIGTERM, SIGINT, or the file `stop` in the run's folder.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: the run's folder.
+        looks: whether this rank looks for the file; one is enough, and hundreds would ask the shared disk every step.
+    """
+
+    def __init__(self, run: Path, *, looks: bool = True) -> None:
         self._signalled = False
+        self._looks = looks
         self._file = run / STOP_FILE
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGINT, self._remember)
@@ -65,7 +71,7 @@ class StopSignal:
     @property
     def asked(self) -> bool:
         """Read once a step; looking for the file costs microseconds."""
-        return self._signalled or self._file.exists()
+        return self._signalled or (self._looks and self._file.exists())
 
     def obeyed(self) -> None:
         """Takes the file away, so that the next start is not stopped by it."""

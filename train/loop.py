@@ -42,8 +42,8 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
         UserError: what a user can mend: other data, a loss that is not finite, no space, a rank that died.
         Preempted: SIGTERM came; a checkpoint is written.
     """
-    join_ranks(config)
-    stop = StopSignal(run)
+    rank, _ = join_ranks(config)
+    stop = StopSignal(run, looks=rank == 0)
     watch = Watch(config.guard, log.last_words)
     with watch.over(), claimed(run), prepared(task, config, data, run, log, watch) as t:
         for step in range(t.first, config.steps):
