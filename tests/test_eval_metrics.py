@@ -286,3 +286,13 @@ def test_without_a_compiler_torch_measures_the_same_and_says_so(monkeypatch):
     finally:
         kernel.cache_clear()
     assert_same(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_measures_the_same():
+    target = torch.cat([photograph((96, 80)), photograph((96, 80)).flip(-1)])
+    prediction = noisy(target, 0.1)
+    mask = (target.mean(1, keepdim=True) > 0.3).float()
+    there = [Pictures(pictures).to("cuda") for pictures in (prediction, target)]
+    assert_same(similarity(*there, mask.cuda()), similarity(Pictures(prediction), Pictures(target), mask))
