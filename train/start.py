@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import sys
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -46,6 +47,11 @@ def join_ranks(config: TrainConfig) -> tuple[int, int]:
     """
     import deepspeed
 
+    # DeepSpeed compiles an operator here with the ninja that PATH finds. Another version of ninja takes what the
+    # environment's has built for outdated and builds it again, minutes long, each time they take turns.
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         timeout=timedelta(seconds=config.guard.first_step_seconds),
