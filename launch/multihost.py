@@ -45,6 +45,7 @@ def train_on_hosts(
     Raises:
         UserError: a check failed and nothing was started, or the training ended early; the reason names the host.
     """
+    from eval.tracking import mark_ended
     from launch.training import rank_environment
 
     environment = passed_on(rank_environment()) | deepspeed_environment()
@@ -64,6 +65,7 @@ def train_on_hosts(
         ]
         status, cause = fleet.run(orders)
     if status != 0:
+        mark_ended(tracking, run, "FAILED", cause)  # rank 0 may have had no time to
         left = f" The same command with the hosts that are left goes on from the last checkpoint in {run}."
         raise UserError(f"The training ended on all hosts. {cause}{left}")
 
