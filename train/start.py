@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import io
 import os
-import sys
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
