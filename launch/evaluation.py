@@ -327,10 +327,14 @@ class DashboardOptions:
 
 def dashboard(words: list[str]) -> int:
     """`headsplat dashboard`: serves until it is interrupted."""
-    from eval.tracking import dashboard_command
+    from eval.tracking import dashboard_command, dashboard_pages
     from launch.preflight import free_port
 
     options = parse(DashboardOptions, words, "dashboard")
-    command = dashboard_command(Workspace(options.out).tracking_uri, port=free_port(options.port))
-    print(f"http://127.0.0.1:{options.port}  (Ctrl-C ends it)", flush=True)
+    uri = Workspace(options.out).tracking_uri
+    command = dashboard_command(uri, port=free_port(options.port))
+    address = f"http://127.0.0.1:{options.port}"
+    print(f"{address}  (Ctrl-C ends it)", flush=True)
+    for protocol, page in dashboard_pages(uri, address).items():
+        print(f"Compare under {protocol}: {page}", flush=True)
     return subprocess.run(command).returncode
