@@ -1,0 +1,257 @@
+"""FlashAvatar fits: how many an hour, how well two share a machine, how fast an avatar is driven, and how good it is.
+
+    python benchmarks/fits.py [--out FOLDER] [--steps 100]      speed, about three minutes on two cores
+    python benchmarks/fits.py --quality [--part 1.0]            quality, about a quarter of an hour on two cores
+
+Both work on synthetic people that are made first. `--quality` fits views, a video and three densities with the recipe
+for many pictures and measures views and expressions that were held out; `--part 0.1` takes a tenth of the steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import arguments, write
+
+from avatars.method import render
+from cluster.pool import Job, run_jobs
+from cluster.session import ray_session
+from shards import read_capture
+from shards.synth import synthesize
+from train.fits import RECIPES, FitPictures, FitSource
+from train.fits.flashavatar import FlashAvatarFitConfig
+from train.fits.heldout import measure_held_out, off_axis_degrees
+from train.fits.pictures import from_capture
+
+SIZE = 128
+PEOPLE = (2, 4)  # a bald one and one with hair swept back
+TIMESTEPS = 12
+VIEWS = 40
+WARM_UP = 50
+ON_AXIS, OFF_AXIS = 30.0, 60.0  # degrees from straight before the face
+DENSITIES = (64, 128, 256)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def recipe(part: float = 1.0) -> FlashAvatarFitConfig:
+    config: Any = RECIPES["flashavatar-gpu-many" if device() == "cuda" else "flashavatar-cpu-many"]()
+    return replace(config, steps=max(1, round(config.steps * part)))
+
+
+def wait() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_rate(pictures: FitPictures, config: FlashAvatarFitConfig, steps: int) -> float:
+    """Seconds a step, the median of single ones."""
+    fit = config.build(pictures, device())
+    times = []
+    for step in range(steps + 5):
+        started = time.perf_counter()
+        fit.advance()
+        wait()
+        if step >= 5:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def stepping(job: dict[str, Any], report: Any) -> float:
+    """A Ray job: seconds a step on one core."""
+    return step_rate(job["pictures"], job["config"], job["steps"])
+
+
+def plain_stepping(pictures: FitPictures, config: FlashAvatarFitConfig, steps: int) -> float:
+    torch.set_num_threads(1)
+    return step_rate(pictures, config, steps)
+
+
+def slots(pictures: FitPictures, steps: int) -> dict[str, float]:
+    """Two Ray slots against one, beside two plain processes against one: what the machine's cores share (memory
+    bandwidth, clock, other load) is in both ratios, and Ray's own cost is in their quotient.
+    """
+    config = recipe()
+    steps *= 4  # the two actors start some moments apart, which must not count
+    jobs = [Job(str(number), {"pictures": pictures, "config": config, "steps": steps}) for number in range(2)]
+    with ray_session(2):
+        one = run_jobs(stepping, jobs[:1], slots=1)[0].value
+        two = statistics.mean(outcome.value for outcome in run_jobs(stepping, jobs, slots=2))
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        plain_one = pool.submit(plain_stepping, pictures, config, steps).result()
+        both = [pool.submit(plain_stepping, pictures, config, steps) for _ in range(2)]
+        plain_two = statistics.mean(future.result() for future in both)
+    return {
+        "ray_one_step_ms": round(1e3 * one, 2),
+        "ray_two_step_ms": round(1e3 * two, 2),
+        "plain_one_step_ms": round(1e3 * plain_one, 2),
+        "plain_two_step_ms": round(1e3 * plain_two, 2),
+        "two_slots_share_of_ideal": round(one / two, 3),
+        "two_processes_share_of_ideal": round(plain_one / plain_two, 3),
+        "two_slots_share_without_contention": round(one / two / (plain_one / plain_two), 3),
+    }
+
+
+@torch.no_grad()
+def driving(pictures: FitPictures, resolution: int, size: int, frames: int) -> dict[str, float]:
+    """Pictures a second with network, head and rasterizer; each frame has an expression of its own."""
+    config = recipe()
+    config = replace(config, model=replace(config.model, uv_resolution=resolution))
+    avatar = config.build(pictures, device()).avatar()
+    camera = pictures.cameras[0].resize(size / SIZE, size / SIZE).to(device=device())
+    codes = torch.rand(WARM_UP + frames, pictures.expressions.shape[1], device=device())
+    times = []
+    for frame, code in enumerate(codes):
+        if frame >= WARM_UP:
+            wait()
+            started = time.perf_counter()
+        render(avatar, code, camera, (size, size))
+        if frame >= WARM_UP:
+            wait()
+            times.append(time.perf_counter() - started)
+    return {
+        "gaussians": len(avatar.samples),
+        "frames_per_second": round(frames / sum(times), 1),
+        "median_ms": round(1e3 * statistics.median(times), 3),
+    }
+
+
+def speed(folder: Path, steps: int, frames: int) -> dict[str, Any]:
+    capture = synthesize(folder, subjects=[PEOPLE[0]], timesteps=4, views=24, size=SIZE, progress=False)[0]
+    pictures, _ = from_capture(read_capture(capture), FitSource("views", views=16))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fits = {}
+    for name in ("flashavatar-cpu", "flashavatar-cpu-many") if device() == "cpu" else ("flashavatar-gpu",):
+        config: Any = RECIPES[name]()
+        seconds = step_rate(pictures, config, steps)
+        fits[name] = {
+            "step_ms": round(1e3 * seconds, 2),
+            "steps": config.steps,
+            "fits_an_hour": round(3600 / (seconds * config.steps), 2),
+            "of": "one core" if device() == "cpu" else "one GPU",
+        }
+    driven = {
+        f"uv{uv}_{size}px": driving(pictures, uv, size, frames) for uv in DENSITIES for size in (SIZE, 512)
+    }
+    content: dict[str, Any] = {
+        "what": f"FlashAvatar on pictures of {SIZE} pixels, one thread; driving with {WARM_UP} warm-up and {frames} "
+        "timed frames, network, head and rasterizer included",
+        "fits": fits,
+        "driving": driven,
+    }
+    if device() == "cpu":
+        content["slots"] = slots(pictures, steps)
+    torch.set_num_threads(threads)
+    return content
+
+
+def fitted(job: dict[str, Any]) -> dict[str, Any]:
+    """One fit of the quality table, measured on what was held out of the views."""
+    torch.set_num_threads(job["threads"])
+    capture = read_capture(job["capture"])
+    _, held = from_capture(capture, job["held"])
+    pictures, _ = from_capture(capture, job["source"])
+    assert held is not None
+    started = time.perf_counter()
+    fit = job["config"].build(pictures, device())
+    while fit.step < job["config"].steps:
+        fit.advance()
+    wait()
+    seconds = time.perf_counter() - started
+    means, each = measure_held_out(fit.avatar(), held, device())
+    angles = off_axis_degrees(held)
+
+    def mean(keep: Any) -> float | None:
+        values = [one["psnr"] for one, angle in zip(each, angles, strict=True) if keep(angle)]
+        numbers = [value for value in values if value is not None]
+        return round(statistics.mean(numbers), 2) if numbers else None
+
+    return {
+        "name": job["name"],
+        "subject": capture.subject,
+        "pictures": len(pictures),
+        "expressions": len(fit.codes),
+        "gaussians": len(fit.model.samples),
+        "fit_seconds": round(seconds, 1),
+        "held_out": means,
+        "psnr_on_axis": mean(lambda angle: angle <= ON_AXIS),
+        "psnr_off_axis": mean(lambda angle: angle >= OFF_AXIS),
+    }
+
+
+def quality(folder: Path, part: float) -> dict[str, Any]:
+    captures = synthesize(folder, subjects=PEOPLE, timesteps=TIMESTEPS, views=80, size=SIZE, progress=False)
+    views = FitSource("views", views=VIEWS, held_views=16, held_timesteps=0.25)
+    video = replace(views, pictures="video")
+    config = recipe(part)
+    rows = [("40 views, 128²", views, config, captures)]
+    rows += [
+        (
+            f"40 views, {uv}²",
+            views,
+            replace(config, model=replace(config.model, uv_resolution=uv)),
+            captures[:1],
+        )
+        for uv in DENSITIES
+        if uv != 128
+    ]
+    rows += [("one camera, 128²", video, config, captures)]
+    workers = 1 if device() == "cuda" else 2
+    jobs = [
+        {"name": name, "source": source, "held": views, "config": fit, "capture": str(capture), "threads": 1}
+        for name, source, fit, people in rows
+        for capture in people
+    ]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        measured = list(pool.map(fitted, jobs))
+    print(
+        f"{'fit':18} {'person':7} {'pictures':>8} {'PSNR':>6} {'SSIM':>6} {'on axis':>8} {'off axis':>8} {'s':>6}"
+    )
+    for row in measured:
+        held = row["held_out"]
+        print(
+            f"{row['name']:18} {row['subject']:7} {row['pictures']:8} {held['psnr']:6.2f} {held['ssim']:6.3f} "
+            f"{row['psnr_on_axis'] or 0:8.2f} {row['psnr_off_axis'] or 0:8.2f} {row['fit_seconds']:6.0f}"
+        )
+    return {
+        "what": f"held-out views (16) and expressions (the last quarter of {TIMESTEPS}) of synthetic people, "
+        f"{SIZE} px, over black; on axis up to {ON_AXIS:g} degrees, off axis from {OFF_AXIS:g}",
+        "recipe": asdict(config),
+        "part": part,
+        "fits": measured,
+    }
+
+
+def main() -> None:
+    """Makes people, measures, writes."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--quality", action="store_true", help="measure quality instead of speed")
+    parser.add_argument("--part", type=float, default=1.0, help="share of the recipe's steps, for --quality")
+    parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
+    parser.add_argument("--frames", type=int, default=500, help="driven frames that are timed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.quality:
+            write("fits-quality", quality(Path(folder), options.part), ("torch", "gsplat"), options.out)
+        else:
+            write(
+                "fits",
+                speed(Path(folder), options.steps, options.frames),
+                ("torch", "gsplat", "ray"),
+                options.out,
+            )
+
+
+if __name__ == "__main__":
+    main()
