@@ -230,5 +230,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ |= rank_environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     main()
