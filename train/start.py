@@ -268,7 +268,7 @@ def single_process_environment() -> None:
 
     if "RANK" in os.environ:
         return
-    # DeepSpeed builds an operator with the first `ninja` on the path; another one than the launcher's would build it anew.
+    # DeepSpeed builds an operator with the first `ninja` on the path; another than the launcher's builds it anew.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
