@@ -575,7 +575,7 @@ def show(plans: list[Plan], timings: list[tuple[float, float]], title: str) -> N
         "",
         "step",
         "days",
-        "as many examples",
+        "same examples",
         "shard plan",
         box=box.SIMPLE,
     )
@@ -586,7 +586,7 @@ def show(plans: list[Plan], timings: list[tuple[float, float]], title: str) -> N
             str(p.ranks),
             f"{p.examples_per_second:.4g}",
             f"{linear:.0%}",
-            "#" * max(round(20 * linear), 1),
+            "#" * max(round(10 * linear), 1),
             length(p.step_seconds),
             f"{p.days:.3g}",
             f"{p.days * first.ranks / p.ranks:.3g} days",
@@ -594,7 +594,7 @@ def show(plans: list[Plan], timings: list[tuple[float, float]], title: str) -> N
         )
     console.print(curve)
     print(
-        "days: of the recipe's steps. as many examples: days until as many were seen as by the first row.\n"
+        "days: of the recipe's steps. same examples: days until as many were seen as by the first row.\n"
         "shard plan: seconds until a rank knows where it is, and for each example, measured now on this machine."
     )
 
