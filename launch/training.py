@@ -265,7 +265,11 @@ def rank_words(
     options: LaunchOptions, shards: Path, run: Path, workspace: Workspace, overrides: list[str]
 ) -> list[str]:
     """What one rank is told after `python -m launch.cli`."""
-    words = ["train", options.recipe, "--data", str(shards.resolve()), "--run", str(run.resolve())]
+    from shards.stores import location
+
+    where = location(shards)
+    place = where if isinstance(where, str) else str(where.resolve())
+    words = ["train", options.recipe, "--data", place, "--run", str(run.resolve())]
     return [*words, "--tracking", workspace.tracking_uri, *overrides]
 
 

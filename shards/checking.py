@@ -24,7 +24,7 @@ from avatars.errors import UserError
 from shards.capture import check_matrices
 from shards.manifest import SPLITS, Manifest, ShardInfo
 from shards.pictures import decode_jpeg, decode_mask
-from shards.stores import is_remote
+from shards.stores import location
 
 __all__ = ["Finding", "check"]
 
@@ -87,7 +87,7 @@ def check(
     Raises:
         UserError: there is no manifest that can be read.
     """
-    if is_remote(folder):
+    if isinstance(location(folder), str):
         raise UserError(
             f"{folder} is not on this machine, and all of it must be read. Copy it here and check the copy."
         )

@@ -71,6 +71,8 @@ class BatchLoader:
         views: target views of an example, v.
         threads: decoding threads. They change nothing in what comes out.
         prefetch: batches that are worked on ahead of the one asked for.
+        cache: keeps copies of remote shards; without one they are streamed.
+        tolerate: shards that cannot be read and are put aside before one more ends the run.
         raw: pictures and masks as they are decoded, uint8 in [0, 255], and priors as they are stored,
             float16, or int8 with `input_features_scale` (B, N, D, 1, 1) float16: a fifth of the memory.
             `to_float` makes of them what comes without `raw`.

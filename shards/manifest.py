@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from avatars.errors import UserError
-from shards.stores import RemoteFolder, is_remote
+from shards.stores import RemoteFolder, location
 
 __all__ = [
     "SCHEMA",
@@ -224,11 +224,11 @@ class Manifest:
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
         """Reads the manifest of a folder without a look at the shards; otherwise like `load`."""
-        if is_remote(folder):
-            folder, file = str(folder).rstrip("/"), f"{folder}/{NAME}"
+        folder = location(folder)
+        if isinstance(folder, str):
+            file = f"{folder}/{NAME}"
             text = RemoteFolder(folder).text(NAME)
         else:
-            folder = Path(folder)
             path = folder / NAME
             file = str(path)
             if not folder.is_dir():

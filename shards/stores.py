@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import tarfile
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from typing import IO, Any, TypeVar
 from avatars.errors import UserError
 from shards.tarfiles import Data, Scratch
 
-__all__ = ["RemoteFolder", "ShardCache", "StreamReader", "is_remote"]
+__all__ = ["RemoteFolder", "ShardCache", "StreamReader", "is_remote", "location"]
 
 BLOCK = tarfile.BLOCKSIZE
 LOOK_BACK = 4  # samples that a stream keeps: threads may ask for neighbours in the wrong order
@@ -35,6 +36,16 @@ T = TypeVar("T")
 def is_remote(location: str | Path) -> bool:
     """Whether this is a URL rather than a folder of this machine."""
     return "://" in str(location)
+
+
+def location(folder: str | Path) -> str | Path:
+    """A URL as text, anything else as a path. A URL that went through `Path` has lost a slash and gets it back."""
+    if is_remote(folder):
+        return str(folder).rstrip("/")
+    lost = re.fullmatch(r"([a-z][a-z0-9+.-]+):/(.*)", str(folder))
+    if lost is None:
+        return Path(folder)
+    return f"{lost[1]}://{'/' if lost[1] in ('file', 'local') else ''}{lost[2]}"
 
 
 class RemoteFolder:

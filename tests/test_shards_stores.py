@@ -1,5 +1,6 @@
 import gzip
 import logging
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -8,7 +9,7 @@ from tiny_captures import pack_tiny
 
 from avatars.errors import UserError
 from shards import BatchLoader, Manifest, ShardCache, check, info, open_shards
-from shards.stores import RemoteFolder, StreamReader
+from shards.stores import RemoteFolder, StreamReader, location
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,13 @@ def test_streamed_and_cached_batches_equal_local_ones(packed, url, tmp_path):
     assert_equal(batches(url), local)
     assert_equal(batches(url, threads=4, prefetch=5), local)
     assert_equal(batches(url, cache=ShardCache(tmp_path, 10**9)), local)
+
+
+def test_a_url_survives_being_a_path(packed):
+    assert location(Path("s3://bucket/people")) == location("s3://bucket/people/") == "s3://bucket/people"
+    assert location(f"file://{packed}") == location(Path(f"file://{packed}")) == f"file://{packed}"
+    assert location(str(packed)) == location(packed) == packed
+    assert Manifest.load(Path(f"file://{packed}")).folder == f"file://{packed}"
 
 
 def test_subjects_are_read_from_afar(packed, url, tmp_path):
