@@ -163,7 +163,7 @@ void fill_tiles(Lists& lists, int c, int chunk) {
     const uint32_t* slot_begin = lists.slot_begin.data() + c * static_cast<int64_t>(lists.padded + 1);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
     uint32_t* cursor = lists.cursor.data() + part * static_cast<int64_t>(tiles);
-    Entry* entries = lists.entries.data() + lists.entry_begin[c];
+    Entry* entries = lists.entries[c].data();
     const uint32_t* tile = lists.lit_tiles[part].data();
     for (uint32_t rank = begin; rank < end; ++rank) {
         const uint32_t slot = lists.keep ? slot_begin[splats[rank].index] : 0;

@@ -28,6 +28,7 @@
 
 namespace {
 
+constexpr int64_t GROUP_BYTES = 2 << 20;
 constexpr int OUT_OF_MEMORY = -1, TOO_MANY_PAIRS = -2;
 
 Pool<Lists> lists_pool;
@@ -79,6 +80,8 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
         l.ranks = std::max(MIN_RANKS, static_cast<int>((padded + MAX_RANK_CHUNKS - 1) / MAX_RANK_CHUNKS));
         l.rank_chunks = static_cast<int>((padded + l.ranks - 1) / l.ranks);
         l.cursor.resize(cameras * l.rank_chunks * tiles);
+        if (l.entries.size() < static_cast<size_t>(cameras)) l.entries.resize(cameras);
+        if (l.lit.size() < static_cast<size_t>(cameras)) l.lit.resize(cameras);
         l.lit_tiles.resize(static_cast<size_t>(cameras) * l.rank_chunks);
         l.tile_begin.resize(cameras * (tiles + 1));
         l.chunk_count.resize(cameras * chunks);
@@ -89,6 +92,9 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
             l.stop.resize(cameras * tiles * TILE_PIXELS);
         }
 
+        // Cameras are taken together as far as their lists stay in the second cache, but one for every thread.
+        const int64_t camera_bytes = padded * (2 * sizeof(Splat) + 2 * sizeof(Key)) + 1;
+        const int group = static_cast<int>(std::max<int64_t>(threads, GROUP_BYTES / camera_bytes));
         Team team(threads);
         team.run([&] {
             team.each(chunks, [&](int64_t chunk) {
@@ -97,39 +103,45 @@ int headsplat_forward(int cameras, int count, int sh, int height, int width, int
                 for (int64_t i = begin; i < end; i += V) prepare(l, in, i);
             });
             if (wrong.load()) return;
-            team.each(cameras * chunks,
-                      [&](int64_t i) { project_chunk(l, in, static_cast<int>(i / chunks), i % chunks, out.radii); });
-            team.each(cameras, [&](int64_t c) { order_camera(l, static_cast<int>(c)); });
-            const auto each_rank_chunk = [&](const auto& work) {
-                team.each(static_cast<int64_t>(cameras) * l.rank_chunks, [&](int64_t i) {
-                    const int c = static_cast<int>(i / l.rank_chunks), chunk = static_cast<int>(i % l.rank_chunks);
-                    if (static_cast<uint32_t>(chunk) * l.ranks < l.visible[c]) work(c, chunk);
+            for (int first = 0; first < cameras; first += group) {
+                const int of = std::min(group, cameras - first);  // cameras
+                const auto each_rank_chunk = [&](const auto& work) {
+                    team.each(static_cast<int64_t>(of) * l.rank_chunks, [&](int64_t i) {
+                        const int c = first + static_cast<int>(i / l.rank_chunks);
+                        const int chunk = static_cast<int>(i % l.rank_chunks);
+                        if (static_cast<uint32_t>(chunk) * l.ranks < l.visible[c]) work(c, chunk);
+                    });
+                };
+                team.each(of * chunks, [&](int64_t i) {
+                    project_chunk(l, in, first + static_cast<int>(i / chunks), i % chunks, out.radii);
                 });
-            };
-            each_rank_chunk([&](int c, int chunk) {
-                try {
-                    find_tiles(l, c, chunk);
-                } catch (const std::bad_alloc&) {
-                    team.fail();
-                }
-            });
-            team.once([&] {
-                for (int c = 0; c < cameras && !team.failed(); ++c) {
-                    const uint64_t entries = lay_out_camera(l, c);
-                    if (entries >= 0x7fffffffu) {
-                        error = TOO_MANY_PAIRS;
+                team.each(of, [&](int64_t i) { order_camera(l, first + static_cast<int>(i)); });
+                each_rank_chunk([&](int c, int chunk) {
+                    try {
+                        find_tiles(l, c, chunk);
+                    } catch (const std::bad_alloc&) {
                         team.fail();
                     }
-                    l.entry_begin[c + 1] = l.entry_begin[c] + entries;
-                }
-                l.entries.resize(l.entry_begin[cameras]);
-                if (l.keep) l.lit.resize(l.entry_begin[cameras]);
-            });
-            if (team.failed()) return;
-            each_rank_chunk([&](int c, int chunk) { fill_tiles(l, c, chunk); });
-            team.each(cameras * tiles, [&](int64_t i) {
-                draw_tile(l, in, static_cast<int>(i / tiles), static_cast<int>(i % tiles), out);
-            });
+                });
+                team.once([&] {
+                    for (int c = first; c < first + of && !team.failed(); ++c) {
+                        const uint64_t entries = lay_out_camera(l, c);
+                        if (entries >= 0x7fffffffu) {
+                            error = TOO_MANY_PAIRS;
+                            team.fail();
+                            break;
+                        }
+                        l.entry_begin[c + 1] = l.entry_begin[c] + entries;
+                        l.entries[c].resize(entries);
+                        if (l.keep) l.lit[c].resize(entries);
+                    }
+                });
+                if (team.failed()) return;
+                each_rank_chunk([&](int c, int chunk) { fill_tiles(l, c, chunk); });
+                team.each(of * tiles, [&](int64_t i) {
+                    draw_tile(l, in, first + static_cast<int>(i / tiles), static_cast<int>(i % tiles), out);
+                });
+            }
         });
         if (team.failed() && !error) error = OUT_OF_MEMORY;
     } catch (const std::bad_alloc&) {
@@ -229,8 +241,8 @@ void headsplat_count(const void* state, int64_t* counts) {
             const uint64_t* begin = l.tile_begin.data() + c * (tiles + 1) + tile;
             const int32_t* stop = l.stop.data() + (c * tiles + tile) * TILE_PIXELS;
             for (uint64_t i = begin[0]; i < begin[1]; ++i) {
-                const Splat& s = splats[l.entries[l.entry_begin[c] + i].rank];
-                const uint32_t lit = l.lit[l.entry_begin[c] + i];
+                const Splat& s = splats[l.entries[c][i].rank];
+                const uint32_t lit = l.lit[c][i];
                 counts[1] += 1;
                 counts[2] += __builtin_popcount(lit);
                 for (uint32_t todo = lit; todo; todo &= todo - 1) {

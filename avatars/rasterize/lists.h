@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 using namespace simd;
@@ -86,19 +87,22 @@ struct Lists {
     std::vector<std::vector<uint32_t>> lit_tiles;  // [cameras][rank chunks], of each rank in turn
     int ranks, rank_chunks;           // Gaussians in a rank chunk, and chunks that a camera has at most
     Buffer<uint64_t> tile_begin;      // [cameras][tiles + 1], into the camera's entries
-    Buffer<Entry> entries;
+    std::deque<Buffer<Entry>> entries;  // of each camera
     std::vector<uint32_t> visible;
     std::vector<uint64_t> entry_begin;  // [cameras + 1]
     Buffer<uint32_t> chunk_count;
     // Only for a backward:
     Buffer<uint32_t> slot_begin;      // [cameras][padded + 1], by Gaussian
-    Buffer<uint32_t> lit;             // blocks that received light, one mask an entry
+    std::deque<Buffer<uint32_t>> lit; // of each camera: blocks that received light, one mask an entry
     Buffer<float> transmittance, depth;  // [cameras][tiles][256], block order
     Buffer<int32_t> stop;             // the first entry of the tile that the pixel no longer takes
 
     size_t bytes() const {
-        return soa.bytes() + found.bytes() + splats.bytes() + keys.bytes() + keys_2.bytes() + cursor.bytes() +
-               tile_begin.bytes() + entries.bytes() + chunk_count.bytes() + slot_begin.bytes() + lit.bytes() +
+        size_t pairs = 0;
+        for (const auto& buffer : entries) pairs += buffer.bytes();
+        for (const auto& buffer : lit) pairs += buffer.bytes();
+        return pairs + soa.bytes() + found.bytes() + splats.bytes() + keys.bytes() + keys_2.bytes() + cursor.bytes() +
+               tile_begin.bytes() + chunk_count.bytes() + slot_begin.bytes() +
                transmittance.bytes() + depth.bytes() + stop.bytes();
     }
 };

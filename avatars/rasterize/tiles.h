@@ -154,9 +154,9 @@ void draw_tile(Lists& lists, const Input& in, int c, int tile, const Output& out
     const int tiles = lists.tiles_x * lists.tiles_y;
     const TileBox box(lists, tile);
     const uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1) + tile;
-    const Entry* entries = lists.entries.data() + lists.entry_begin[c] + tile_begin[0];
+    const Entry* entries = lists.entries[c].data() + tile_begin[0];
     const bool remember = lists.keep;
-    uint32_t* lit = remember ? lists.lit.data() + lists.entry_begin[c] + tile_begin[0] : nullptr;
+    uint32_t* lit = remember ? lists.lit[c].data() + tile_begin[0] : nullptr;
     const int32_t count = static_cast<int32_t>(tile_begin[1] - tile_begin[0]);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
 
@@ -249,8 +249,8 @@ void tile_gradient(const Lists& lists, const Input& in, int c, int tile, const O
     const int tiles = lists.tiles_x * lists.tiles_y;
     const TileBox box(lists, tile);
     const uint64_t* tile_begin = lists.tile_begin.data() + c * static_cast<int64_t>(tiles + 1) + tile;
-    const Entry* entries = lists.entries.data() + lists.entry_begin[c] + tile_begin[0];
-    const uint32_t* lit = lists.lit.data() + lists.entry_begin[c] + tile_begin[0];
+    const Entry* entries = lists.entries[c].data() + tile_begin[0];
+    const uint32_t* lit = lists.lit[c].data() + tile_begin[0];
     const int32_t count = static_cast<int32_t>(tile_begin[1] - tile_begin[0]);
     const Splat* splats = lists.splats.data() + c * static_cast<int64_t>(lists.padded);
     const int64_t state = (c * static_cast<int64_t>(tiles) + tile) * TILE_PIXELS;
