@@ -319,23 +319,24 @@ def _packed(folder: str | Path | None, split: str) -> dict[str, dict[str, Any]]:
 
 def _captures(folder: str | Path) -> dict[str, dict[str, Any]]:
     """The capture in a folder, or each folder in it, by name. Captures are opened by those who fit them."""
-    from shards import read_capture
-
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --captures is a capture, or a folder of captures.")
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    try:
-        read_capture(folder)
-        found = [folder]
-    except UserError:
-        found = inside
+    found = [folder]
+    if not _is_capture(folder):
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise UserError(f"{folder} holds no captures; --captures is a capture, or a folder of captures.")
     return {
         path.name: {"place": {"capture": str(path)}, "identity": {"capture": _fingerprint(path)}}
         for path in found
     }
+
+
+def _is_capture(folder: Path) -> bool:
+    """Whether a folder looks like one capture, whole or not, and not like a folder of captures."""
+    signs = ("capture.json", "imgs", "decoder", "transforms.json", "transforms_train.json")
+    return folder.parent.name == "sequences" or any((folder / sign).exists() for sign in signs)
 
 
 def _fingerprint(folder: Path) -> str:

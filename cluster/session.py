@@ -93,10 +93,10 @@ def _start_private(cpus: float, gpus: float, folder: Path) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
         )
-    except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+    except Exception as error:  # on a busy machine Ray gives up with a bare Exception
         raise UserError(
             f"Ray could not be started on this machine: {str(error).splitlines()[0]} Look for a lack of memory, of "
-            "processes or of space in the temporary folder."
+            "processor time, of processes or of space in the temporary folder."
         ) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster

@@ -59,7 +59,8 @@ def homes(folder: Path, short: Path, count: int) -> list[Path]:
         home = folder / f"home{index}"
         home.mkdir(parents=True)
         (home / ".bashrc").write_text(
-            f"export RAY_TMPDIR={short / str(index)} HEADSPLAT_CACHE={folder / 'cache'} OMP_NUM_THREADS=1\n"
+            f"export RAY_TMPDIR={short / str(index)} HEADSPLAT_CACHE={folder / 'cache'} OMP_NUM_THREADS=1"
+            " RAY_memory_monitor_refresh_ms=0\n"  # what else runs on the machine must not end a fit
         )
         (short / str(index)).mkdir()
         users = Path("/etc/passwd").read_text().splitlines()
