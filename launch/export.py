@@ -33,12 +33,12 @@ class ExportOptions:
     """Folder for model.safetensors and model.json; it must not be there yet."""
     step: int | None = None
     """Which checkpoint; the newest whole one by default."""
-    ema: bool | None = None
-    """The running mean of the weights (--ema) or the weights themselves (--no-ema); the mean where there is one."""
+    ema: bool = True
+    """The running mean of the weights where the checkpoint has one, or always the weights themselves (--no-ema)."""
 
 
 def export(words: list[str]) -> int:
-    """`headsplat export RUN OUT [--step n] [--ema | --no-ema]`."""
+    """`headsplat export RUN OUT [--step n] [--no-ema]`."""
     options = parse(ExportOptions, words, "export")
     meta, kind = export_checkpoint(options.run, options.out, options.step, options.ema)
     print(
@@ -47,28 +47,21 @@ def export(words: list[str]) -> int:
     return 0
 
 
-def export_checkpoint(
-    run: Path, out: Path, step: int | None = None, ema: bool | None = None
-) -> tuple[Meta, str]:
+def export_checkpoint(run: Path, out: Path, step: int | None = None, ema: bool = True) -> tuple[Meta, str]:
     """Writes the network of a checkpoint and compares what was written with what it was written from.
 
     Returns:
         What the checkpoint is of, and whether its weights or their mean were written, in words.
 
     Raises:
-        UserError: no such checkpoint, one that is damaged, no mean in it, or `out` is there already.
+        UserError: no such checkpoint, one that is damaged, or `out` is there already.
     """
     from train.tasks import config_from_json, task_for
 
     if out.exists():
         raise UserError(f"{out} is there already; name a new folder.")
     folder, meta = whole_checkpoint(run, step)
-    has_mean = "ema.pt" in meta.files
-    if ema and not has_mean:
-        raise UserError(
-            f"{folder} holds no running mean of the weights; train with --ema, or leave --ema out."
-        )
-    use_mean = has_mean if ema is None else ema
+    use_mean = ema and "ema.pt" in meta.files
     config = config_from_json(meta.config)
     task = task_for(config)
     module = task.build()

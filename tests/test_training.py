@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
 @pytest.mark.world_size(2)
 def test_sigterm_writes_a_checkpoint_and_is_no_error(tiny_shards, tmp_path):
     words = ["avat3r-tiny", "--data", str(tiny_shards), "--out", str(tmp_path), "--run", "r"]
-    words += ["--args", "--steps 100000 --checkpoint.every 100000"]
+    words += ["--args=--steps 100000 --checkpoint.every 100000"]
     run = tmp_path / "runs" / "r"
     stopped = []
     for whole_group in (False, True):  # the launcher alone, or everything, as a scheduler does
