@@ -102,7 +102,8 @@ def serve(words: list[str], port: int) -> None:
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.3)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
