@@ -85,8 +85,8 @@ def _sign_flip(difference: NDArray[np.float64]) -> float:
     """P of the mean of `difference` under random signs (`scipy.stats.permutation_test`)."""
     from scipy.stats import permutation_test
 
-    if not difference.any():
-        return 1.0
+    if len(difference) < 2 or not difference.any():
+        return 1.0  # of one subject both signs have the same mean but for the sign
     result = permutation_test(
         (difference,),
         lambda sample, axis: np.mean(sample, axis=axis),
