@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "plan_seconds",
     "state_bytes",
+    "total_bytes",
 ]
 
 GIB = 2**30
@@ -46,6 +47,7 @@ GAUSSIAN_BYTES = 2 * 14 * 4
 INPUT_PICTURES = 4
 RENDERED_PLANES = 5  # colour, alpha and depth
 DEEPSPEED_BUCKET = 500_000_000  # elements; ZeRO 1 and 2 allocate a whole bucket, however small the network is
+OWN_SHARE = "gradients of the own share, at the end of a step"
 RESERVE = 0.08  # share of a device's memory for its context, NCCL's buffers and fragmentation
 
 
@@ -179,9 +181,19 @@ def state_bytes(
         "weights": parameters * wide / (ranks if stage == 3 else 1),
         "gradients": parameters * wide / (ranks if stage >= 2 else 1),
         "optimiser": parameters * (8 + (4 if keeps_copy else 0)) / shared,
-        "gradients of the own share": 4 * parameters / shared if keeps_copy else 0.0,
+        OWN_SHARE: 4 * parameters / shared if keeps_copy else 0.0,
         "DeepSpeed's bucket": float(bucket * wide) if stage in (1, 2) else 0.0,
     }
+
+
+def total_bytes(states: dict[str, float], activations: float) -> float:
+    """The most bytes at once: the optimiser's copies of gradients are made when activations are gone.
+
+    Args:
+        states: what `state_bytes` returned.
+        activations: bytes of them.
+    """
+    return sum(states.values()) - states[OWN_SHARE] + max(states[OWN_SHARE], activations)
 
 
 def sent_bytes(parameters: int, precision: str, stage: int, ranks: int) -> float:
@@ -242,7 +254,8 @@ class Plan:
         ranks: devices.
         need: of an example.
         memory: bytes by what they are for.
-        memory_by_stage: total bytes at ZeRO 0, 1, 2 and 3.
+        memory_total: the most bytes at once.
+        memory_by_stage: the same at ZeRO 0, 1, 2 and 3.
         memory_there: bytes of the device less the reserve.
         compute_seconds: the arithmetic at the assumed share of the peak.
         sent: bytes that each rank sends.
@@ -265,6 +278,7 @@ class Plan:
     need: Need
     memory: dict[str, float]
     memory_by_stage: dict[str, float]
+    memory_total: float
     memory_there: float
     compute_seconds: float
     sent: float
@@ -306,11 +320,13 @@ def make_plan(
     sent = sent_bytes(need.parameters, config.precision, config.zero_stage, ranks)
     slowest = device.inside if nodes == 1 else min(device.inside, link[0])
     send = sent / slowest
-    memory = state_bytes(need.parameters, config.precision, config.zero_stage, ranks)
-    memory["activations"] = need.activations * config.data.micro_batch
+    states = state_bytes(need.parameters, config.precision, config.zero_stage, ranks)
+    activations = need.activations * config.data.micro_batch
+    memory = states | {"activations": activations}
     by_stage = {
-        f"ZeRO {stage}": sum(state_bytes(need.parameters, config.precision, stage, ranks).values())
-        + memory["activations"]
+        f"ZeRO {stage}": total_bytes(
+            state_bytes(need.parameters, config.precision, stage, ranks), activations
+        )
         for stage in range(4)
     }
     there = device.memory * (1 - RESERVE)
@@ -321,7 +337,7 @@ def make_plan(
     )
     read = pictures * data.picture_bytes + rate * prior_bytes
     days = config.steps * (compute + send) / DAY
-    total = sum(memory.values())
+    total = total_bytes(states, activations)
     if device.memory and total > there:
         limit = f"memory: {total / GIB:.1f} GiB a device and {there / GIB:.1f} GiB are usable"
     elif read > store * nodes:
@@ -345,6 +361,7 @@ def make_plan(
         need=need,
         memory=memory,
         memory_by_stage=by_stage,
+        memory_total=total,
         memory_there=there,
         compute_seconds=compute,
         sent=sent,
@@ -547,9 +564,7 @@ def show(plans: list[Plan], timings: list[tuple[float, float]], title: str) -> N
     for name, value in first.memory.items():
         if value:
             table.add_row(f"memory: {name}", amount(value))
-    table.add_row(
-        "memory a device", f"{amount(sum(first.memory.values()))} of {amount(first.memory_there)} usable"
-    )
+    table.add_row("memory a device", f"{amount(first.memory_total)} of {amount(first.memory_there)} usable")
     table.add_row(
         "  by stage", ", ".join(f"{name} {amount(value)}" for name, value in first.memory_by_stage.items())
     )
