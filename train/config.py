@@ -76,6 +76,14 @@ class DataConfig:
     """Target views of an example."""
     seed: int = 0
     """Seed of the plan."""
+    threads: int = 2
+    """Decoding threads of a rank; they change nothing in what comes out."""
+    cache: str = ""
+    """Folder of each host for copies of shards behind a URL; streamed front to back without one."""
+    cache_gb: float = 100.0
+    """Gigabytes of copies in that folder; the least recently used make room."""
+    tolerate: int = 0
+    """Shards of a rank that cannot be read and are put aside, with a word, before one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,7 @@ class TrainConfig:
             "ranks_without_gpu": self.ranks_without_gpu,
             "data.micro_batch": self.data.micro_batch,
             "data.views": self.data.views,
+            "data.threads": self.data.threads,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
         }

@@ -60,6 +60,7 @@ def train(task: Task, config: TrainConfig, data: Path, run: Path, log: RunLog) -
                 t.ema.update()
             watch.warm()
             log.step(done, means, rate, time.perf_counter() - started, own.waited, t.batch)
+            t.tell_put_aside(done)
             if done % config.log_every == 0:
                 tell_nodes(log, done)
             t.profiler.step()

@@ -14,6 +14,7 @@ from torch import nn
 
 from eval.provenance import versions
 from shards import BatchLoader, Manifest
+from shards.stores import ShardCache, location
 from train import checkpoint
 from train.config import TrainConfig, accumulation
 from train.deepspeed_config import deepspeed_json
@@ -38,6 +39,8 @@ class Training:
         accumulate: micro-batches of a step.
         batch: examples of a step over all ranks.
         gate: shut for examples that are left out; None where the policy is to stop.
+        skips: steps that were left out.
+        put_aside: shards whose quarantine has been told.
     """
 
     task: Task
@@ -58,6 +61,17 @@ class Training:
     accumulate: int
     batch: int
     skips: int = 0
+    put_aside: int = 0
+
+    def tell_put_aside(self, done: int) -> None:
+        """Shards that this rank's loader has given up since the last step, into its log and to whoever watches."""
+        known = list(self.loader.quarantined.items())
+        for shard, reason in known[self.put_aside :]:
+            self.log.event("shard put aside", at_step=done, shard=shard, reason=reason)
+            self.log.say(
+                f"step {done}: {shard} is put aside ({len(known)} of {self.config.data.tolerate}): {reason}"
+            )
+        self.put_aside = len(known)
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step."""
@@ -154,6 +168,9 @@ def prepared(
             rank=rank,
             start=first_micro_batch(meta, at_once),
             views=config.data.views,
+            threads=config.data.threads,
+            cache=shard_cache(config, data),
+            tolerate=config.data.tolerate,
         ) as loader,
         Profiler(config.profile, run, rank) as profiler,
     ):
@@ -179,6 +196,13 @@ def prepared(
             )
         finally:
             checkpoints.close()
+
+
+def shard_cache(config: TrainConfig, data: Path) -> ShardCache | None:
+    """Where this host keeps copies of shards that are behind a URL; None for shards in a folder."""
+    if not config.data.cache or not isinstance(location(data), str):
+        return None
+    return ShardCache(config.data.cache, int(config.data.cache_gb * 1e9))
 
 
 def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
