@@ -49,7 +49,7 @@ class Weights:
         used_by: what needs it, in words.
         licence: terms in short.
         source: page that publishes it.
-        fetch: shell command that puts it into the folder HEADSPLAT_WEIGHTS where there is an internet.
+        fetch: shell command that puts it where it is looked for, on a machine with an internet.
         sha256: start of the published sha256, empty where none was published.
     """
 
@@ -187,14 +187,15 @@ def _absent(files: tuple[str, ...], path: str | Path | None) -> str:
     return f"it needs {names} in a folder that {WEIGHTS_VARIABLE} names"
 
 
-def _torchvision(network: str, file: str, what: str) -> Weights:
+def _torchvision(network: str, builder: str, file: str, what: str) -> Weights:
+    """A network of torchvision, which fetches its own file into torch's hub folder."""
     return Weights(
         name=f"lpips-{network}",
         files=(file,),
         used_by=what,
         licence="BSD-3-Clause",
         source="https://pytorch.org/vision/stable/models.html",
-        fetch=f'curl -fL -o "$HEADSPLAT_WEIGHTS/{file}" https://download.pytorch.org/models/{file}',
+        fetch=f"python -c \"from torchvision.models import {builder}; {builder}(weights='IMAGENET1K_V1')\"",
         sha256=file.rsplit("-", 1)[1].removesuffix(".pth"),
     )
 
@@ -245,9 +246,13 @@ _MAST3R = "MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric"
 WEIGHTS: dict[str, Weights] = {
     entry.name: entry
     for entry in (
-        _torchvision("alex", "alexnet-owt-7be5be79.pth", "LPIPS (alex), the default LPIPS of evaluation"),
-        _torchvision("vgg", "vgg16-397923af.pth", "LPIPS (vgg), and the LPIPS loss of training and fits"),
-        _torchvision("squeeze", "squeezenet1_1-b8a52dc0.pth", "LPIPS (squeeze)"),
+        _torchvision(
+            "alex", "alexnet", "alexnet-owt-7be5be79.pth", "LPIPS (alex), the default LPIPS of evaluation"
+        ),
+        _torchvision(
+            "vgg", "vgg16", "vgg16-397923af.pth", "LPIPS (vgg), and the LPIPS loss of training and fits"
+        ),
+        _torchvision("squeeze", "squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", "LPIPS (squeeze)"),
         Weights(
             name="facenet-vggface2",
             files=("20180402-114759-vggface2.pt",),
