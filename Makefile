@@ -19,7 +19,7 @@ COMMON = --out $(OUT) $(call given,DATA,--data)
 
 need_cuda = $(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make $@ needs a CUDA device and PyTorch found none: nvidia-smi says whether the driver sees one.")'
 
-.PHONY: help setup demo train fit eval report dashboard test test-gpu lint format bench bench-gpu clean
+.PHONY: help setup demo train fit eval report dashboard test test-all test-gpu lint format bench bench-gpu clean
 
 help: ## this list
 	@echo "headsplat: multi-view head captures to animatable 3D Gaussian avatars"
@@ -59,7 +59,10 @@ report: setup ## the comparison page
 dashboard: setup ## the MLflow dashboard
 	$(HEADSPLAT) dashboard --out $(OUT) $(ARGS)
 
-test: setup ## all tests that this machine can run
+test: setup ## the tests of one machine, in minutes
+	$(BIN)/python -m pytest -m "not multihost and not slow" $(ARGS)
+
+test-all: setup ## those, several hosts in network namespaces, and what the pages in docs show
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device

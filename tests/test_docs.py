@@ -140,6 +140,7 @@ def test_links_between_pages_lead_somewhere(path):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("command", STORY)
 def test_what_a_page_shows_runs(command, story, monkeypatch, capsys):
     monkeypatch.chdir(story)
@@ -148,6 +149,7 @@ def test_what_a_page_shows_runs(command, story, monkeypatch, capsys):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_what_the_page_on_launching_shows_runs(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
     for line in examples(ROOT / "docs" / "launching.md"):

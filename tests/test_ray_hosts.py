@@ -105,7 +105,7 @@ def test_a_fit_on_two_hosts_outlives_one_of_them(tmp_path):
 
             words = ["--nodes", "2", "fit", "flashavatar-cpu", "--pictures", "views", "--views", "4"]
             words += ["--held-views", "2", "--captures", str(captures), "--out", str(out), "--cpus", "2"]
-            words += ["--workers", "2", "--gpus", "0", "--steps", "400", "--uv-resolution", "32"]
+            words += ["--workers", "2", "--gpus", "0", "--steps", "1200", "--uv-resolution", "32"]
             script = str(REPOSITORY / "cluster" / "submit.py")
             said, taken = [], False
             with subprocess.Popen(
@@ -119,8 +119,12 @@ def test_a_fit_on_two_hosts_outlives_one_of_them(tmp_path):
                 assert submitted.stdout is not None
                 for line in submitted.stdout:
                     said.append(line)
-                    half_way = set(re.findall(r"(s0\d): step [12]\d\d/400", "".join(said)))
-                    if not taken and half_way == {"s00", "s01"}:
+                    under_way = {
+                        name
+                        for name, step in re.findall(r"(s0\d): step (\d+)/1200", "".join(said))
+                        if int(step) > 100
+                    }
+                    if not taken and under_way == {"s00", "s01"}:
                         hosts.kill(1)
                         taken = True
             text = "".join(said)

@@ -42,6 +42,7 @@ def as_tiny(command: str, workspace: Path) -> str:
         "work/(shards/demo-128)?", lambda match: shards if match[1] else f"{workspace}/", command
     )
     command = command.replace(".venv/bin/headsplat", f"{sys.executable} -m launch.cli")
+    command = command.replace("runs/avat3r-cpu", f"runs/{TINY['RECIPE']}")
     if command.startswith("make "):
         venv = Path(sys.executable).parent.parent
         command += f" OUT={workspace} VENV={venv}"
