@@ -27,7 +27,7 @@ def test_every_entry_says_all_that_a_user_needs():
         assert entry.used_by
         assert entry.licence
         assert entry.source.startswith("https://")
-        assert "HEADSPLAT_WEIGHTS" in entry.fetch or entry.fetch.startswith("python -c \"from torchvision")
+        assert "HEADSPLAT_WEIGHTS" in entry.fetch or entry.fetch.startswith('python -c "from torchvision')
         assert set(entry.sha256) <= set("0123456789abcdef")
     files = [file for entry in WEIGHTS.values() for file in entry.files]
     assert len(files) == len(set(files))
