@@ -29,20 +29,20 @@ class Failure:
     reason: str
 
 
-def note_failures(results: Path, method: str, failures: dict[str, str]) -> None:
-    """Replaces what is known of a method's failures.
+def note_failures(results: Path, method: str, outcomes: dict[str, str | None]) -> None:
+    """Takes down what became of some of a method's subjects; what is known of others stays.
 
     Args:
         results: folder of results.
         method: name of the method.
-        failures: subject to reason; empty when all went well.
+        outcomes: subject to reason, None for one that went well.
     """
-    others = [failure for failure in read_failures(results) if failure.method != method]
-    mine = [Failure(method, subject, reason) for subject, reason in sorted(failures.items())]
-    if not others and not mine:
+    kept = [f for f in read_failures(results) if f.method != method or f.subject not in outcomes]
+    new = [Failure(method, subject, reason) for subject, reason in sorted(outcomes.items()) if reason]
+    if kept or new:
+        write_whole(results / NAME, json.dumps([asdict(f) for f in kept + new], indent=1) + "\n")
+    else:
         (results / NAME).unlink(missing_ok=True)
-        return
-    write_whole(results / NAME, json.dumps([asdict(f) for f in others + mine], indent=1) + "\n")
 
 
 def read_failures(results: Path) -> list[Failure]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from avatars.inputs import InputSet
     from avatars.method import Avatar, Method
+    from shards import Manifest
+    from shards.reading import SubjectShards
 
 __all__ = ["create", "drive"]
 
@@ -40,7 +42,7 @@ class CreateOptions:
     weights: Path | None = None
     """DUSt3R's file, for pictures without position maps; looked for in HEADSPLAT_WEIGHTS by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; bf16 drives about twice as fast where the hardware has it."""
+    """Arithmetic of the network; bf16 drives faster where the hardware has it."""
 
 
 def create(words: list[str]) -> None:
@@ -75,18 +77,24 @@ def chosen_inputs(options: CreateOptions, method: Method) -> InputSet:
         return read_photographs(
             options.pictures, method.size, method.expression_kind, method.expression_length
         )
-    from shards import Manifest, open_shards
+    from shards import Manifest
 
     assert options.data is not None  # `create` has checked it
-    manifest = Manifest.load(options.data)
-    subject = options.subject or (manifest.heldout or manifest.train)[0]
-    split = "heldout" if subject in manifest.heldout else "train"
-    sets = open_shards(options.data, split).read(subject).input_sets
+    person = chosen_person(Manifest.load(options.data), options.subject)
+    subject, sets = person.subject, person.input_sets
     if not 0 <= options.input_set < len(sets):
         raise UserError(
             f"{subject} has {len(sets)} input sets and --input-set is {options.input_set}; count from 0."
         )
     return sets[options.input_set]
+
+
+def chosen_person(manifest: Manifest, subject: str) -> SubjectShards:
+    """The named person of some shards; without a name the first held-out one."""
+    from shards import open_shards
+
+    subject = subject or (manifest.heldout or manifest.train)[0]
+    return open_shards(manifest.folder, "heldout" if subject in manifest.heldout else "train").read(subject)
 
 
 def with_positions(inputs: InputSet, weights: Path | None) -> InputSet:
@@ -195,16 +203,14 @@ def chosen_expressions(options: DriveOptions, avatar: Avatar) -> Tensor:
 
         return read_expressions(options.expressions, kind, length)
     if options.data is not None:
-        from shards import Manifest, open_shards
+        from shards import Manifest
 
         manifest = Manifest.load(options.data)
         if manifest.expression_kind != kind:
             raise UserError(
                 f"{options.data} holds {manifest.expression_kind} codes and the avatar is driven by {kind}."
             )
-        subject = options.subject or (manifest.heldout or manifest.train)[0]
-        split = "heldout" if subject in manifest.heldout else "train"
-        return torch.stack([t.expression for t in open_shards(options.data, split).read(subject).targets])
+        return torch.stack([t.expression for t in chosen_person(manifest, options.subject).targets])
     if kind != "arkit-52":
         raise UserError(f"This avatar is driven by {kind} codes; give some with --expressions or --data.")
     from shards.synth.expressions import smooth_sequence

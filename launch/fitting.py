@@ -98,6 +98,7 @@ def run_fits(options: FitOptions, shards: Path | None, workspace: Workspace) -> 
     from rich.console import Console
 
     from cluster.fit import fit_subjects, results_table
+    from eval.failures import note_failures
 
     print(
         f"Fitting {options.method} to {'captures' if shards is None else 'held-out people'}, one Ray actor each",
@@ -123,6 +124,8 @@ def run_fits(options: FitOptions, shards: Path | None, workspace: Workspace) -> 
         on_event=Progress(),
     )
     Console().print(results_table(fits))
+    outcomes = {result.subject: result.error for result in fits.results}
+    note_failures(workspace.results, fits.results[0].method, outcomes)
     if fits.failures:
         names = ", ".join(sorted(fits.failures))
         raise UserError(f"{options.method} could not be fitted to {names}; the reasons are above.")

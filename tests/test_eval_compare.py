@@ -58,9 +58,14 @@ def test_failures_are_kept_by_method_and_go_when_mended(tmp_path):
     assert [(f.method, f.subject) for f in read_failures(tmp_path)] == [
         ("flashavatar", "s01"), ("flashavatar", "s02"), ("gasp", "s02"),
     ]  # fmt: skip
-    note_failures(tmp_path, "flashavatar", {})
+    note_failures(tmp_path, "flashavatar", {"s01": None, "s03": None})
+    assert [(f.method, f.subject) for f in read_failures(tmp_path)] == [
+        ("flashavatar", "s02"),
+        ("gasp", "s02"),
+    ]
+    note_failures(tmp_path, "flashavatar", {"s02": None})
     assert [f.reason for f in read_failures(tmp_path)] == ["no prior"]
-    note_failures(tmp_path, "gasp", {})
+    note_failures(tmp_path, "gasp", {"s02": None})
     assert not list(tmp_path.iterdir())
     (tmp_path / "failures.json").write_text(json.dumps([{"method": "x"}])[:-3])
     with pytest.raises(UserError, match=r"failures\.json cannot be read"):

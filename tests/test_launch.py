@@ -143,3 +143,21 @@ def test_pictures_of_another_size_than_the_recipes(capsys, tmp_path, tiny_shards
     )
     assert "48" in error
     assert "96" in error
+
+
+def test_a_fit_that_failed_is_in_the_report_s_list(tmp_path, monkeypatch):
+    import cluster.fit
+    from cluster.fit import FitResult, Fits
+    from eval.failures import read_failures
+    from launch.fitting import FitOptions, run_fits
+    from launch.workspace import Workspace
+
+    told = [("s01", "failed", "no face"), ("s02", "fitted", None)]
+    results = [
+        FitResult("flashavatar", name, status, tmp_path / name, error=error) for name, status, error in told
+    ]
+    monkeypatch.setattr(cluster.fit, "fit_subjects", lambda *words, **options: Fits(results))
+    workspace = Workspace(tmp_path)
+    with pytest.raises(UserError, match="could not be fitted to s01"):
+        run_fits(FitOptions(), tmp_path, workspace)
+    assert [(f.subject, f.reason) for f in read_failures(workspace.results)] == [("s01", "no face")]
