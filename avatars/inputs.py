@@ -78,6 +78,28 @@ class InputSet:
         if not bool(torch.isfinite(self.images).all()):
             raise UserError(f"{who} has a picture with values that are not finite; read it again.")
 
+    def first(self, count: int) -> InputSet:
+        """The set of only its first pictures; its provenance says which those are."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:count]
+
+        kept = {
+            key: value[:count] if key in ("timesteps", "camera_ids") else value
+            for key, value in self.provenance.items()
+        }
+        return replace(
+            self,
+            images=self.images[:count],
+            masks=self.masks[:count],
+            cameras=self.cameras[slice(count)],
+            positions=cut(self.positions),
+            confidence=cut(self.confidence),
+            features=cut(self.features),
+            expressions=self.expressions[:count],
+            provenance=kept,
+        )
+
     def to(self, device: str) -> InputSet:
         """The same set with every tensor on `device`."""
 

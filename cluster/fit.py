@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FitResult",
     "Fits",
+    "configuration",
     "fit_subjects",
     "fits_name",
     "gpus_here",
+    "network_identity",
     "read_result",
     "results_table",
     "slots_here",
@@ -91,14 +93,15 @@ def fit_subjects(
     `shards_folder` and `out` must be on storage that all of them share.
 
     Args:
-        method: a method ("flashavatar": its recipe for GPUs where actors have one, else the one for CPUs), a
-            recipe
-            in `train.fits.RECIPES`, or a configuration.
+        method: a method, a recipe in `train.fits.RECIPES`, or a configuration. A method M stands for the recipe
+            M-gpu where actors have a GPU and M-cpu elsewhere, or M-gpu-many and M-cpu-many for views and videos where
+            the method has those.
         shards_folder: packed shards; None when `captures` is given.
         out: where results go.
         source: what of a person is fitted to, its first input set when None.
         captures: a capture, or a folder of captures, of any layout that `shards.read_capture` knows.
-        overrides: fields of the recipe, or of its `model`, to change: {"steps": 1000, "head": "makehuman"}.
+        overrides: fields of the recipe, or of its `model`, to change: {"steps": 1000, "head": "makehuman"}. A
+            recipe with a field `network` starts from a trained network, and a fit knows it by its content.
         split: whose subjects: "train" or "heldout"; of captures all are fitted.
         subjects: only these.
         workers: actors at work at the same time; as many as the machine's CPUs (or GPUs) allow when None.
@@ -122,17 +125,19 @@ def fit_subjects(
     source = source or FitSource()
     if gpus_per_actor is None:
         gpus_per_actor = float(gpus_here() > 0)
-    config = _configuration(method, gpus_per_actor > 0, source, overrides or {})
+    config = configuration(method, gpus_per_actor > 0, source, overrides or {})
     people = _captures(captures) if captures is not None else _packed(shards_folder, split)
     chosen = _choose(people, subjects, str(captures) if captures is not None else f"the split {split!r}")
     tell = on_event or (lambda event: None)
     name = fits_name(config.method, source)
+    network = network_identity(config)
 
     found: dict[str, FitResult] = {}
     jobs = []
     for subject in chosen:
         folder = Path(out) / name / subject
-        key = fit_key(config, {"subject": subject, "source": asdict(source), **people[subject]["identity"]})
+        asked = {"subject": subject, "source": asdict(source), **people[subject]["identity"], **network}
+        key = fit_key(config, asked)
         try:
             kept = read_result(folder)
         except UserError as error:
@@ -298,8 +303,12 @@ def results_table(fits: Fits) -> Table:
 
 
 def fits_name(method: str, source: FitSource) -> str:
-    """What fits of a method from a source are called, in folders and tables: "flashavatar", "flashavatar-video"."""
-    return method if source.pictures == "inputs" else f"{method}-{source.pictures}"
+    """What fits of a method from a source are called, in folders and tables: "flashavatar", "flashavatar-video",
+    and "flashavatar-1-input" of only the first picture of an input set.
+    """
+    if source.pictures != "inputs":
+        return f"{method}-{source.pictures}"
+    return f"{method}-{source.inputs}-input{'s' * (source.inputs > 1)}" if source.inputs else method
 
 
 def _packed(folder: str | Path | None, split: str) -> dict[str, dict[str, Any]]:
@@ -365,27 +374,70 @@ def _pictures(place: dict[str, str], subject: str, source: FitSource) -> tuple[A
     return from_shards(open_shards(place["shards"], place["split"]).read(subject), source), None
 
 
-def _configuration(
+def configuration(
     method: str | FitConfig, gpu: bool, source: FitSource, overrides: Mapping[str, Any]
 ) -> FitConfig:
+    """The configuration that `fit_subjects` fits with.
+
+    Args:
+        method: as `fit_subjects` takes it.
+        gpu: whether fits have a GPU.
+        source: what of a person is fitted to.
+        overrides: fields of the recipe, or of its `model`, to change.
+
+    Raises:
+        UserError: there is no such recipe, or it has no such field.
+    """
     config: Any = _recipe(method, gpu, source) if isinstance(method, str) else method
-    own = {name: value for name, value in overrides.items() if hasattr(config, name)}
-    model = {name: value for name, value in overrides.items() if name not in own}
-    return replace(config, **own, model=replace(config.model, **model)) if overrides else config
+    shape: Any = getattr(config, "model", None)
+    own, model = {}, {}
+    for name, value in overrides.items():
+        if name in _field_names(config):
+            own[name] = value
+        elif name in _field_names(shape):
+            model[name] = value
+        else:
+            raise UserError(f"A fit of {config.method} has no setting {name!r}; leave it out.")
+    if model:
+        own["model"] = replace(shape, **model)
+    return replace(config, **own) if own else config
+
+
+def _field_names(config: Any) -> set[str]:
+    return {field.name for field in fields(config)} if is_dataclass(config) else set()
 
 
 def _recipe(method: str, gpu: bool, source: FitSource) -> FitConfig:
+    """The recipe of a name, or a method's for this hardware and, where it tells them apart, for many pictures."""
     from train.fits import RECIPES
 
-    many = "" if source.pictures == "inputs" else "-many"
-    for name in (method, f"{method}-{'gpu' if gpu else 'cpu'}{many}"):
+    here = f"{method}-{'gpu' if gpu else 'cpu'}"
+    many = [] if source.pictures == "inputs" else [f"{here}-many"]
+    for name in (method, *many, here):
         if name in RECIPES:
             return RECIPES[name]()
-    methods = sorted({name.partition("-")[0] for name in RECIPES})
+    methods = sorted({recipe().method for recipe in RECIPES.values()})
     raise UserError(
         f"There is no fit called {method!r}; there are the methods {', '.join(methods)} and the recipes "
         f"{', '.join(sorted(RECIPES))}."
     )
+
+
+def network_identity(config: Any) -> dict[str, str]:
+    """What tells a trained network that fits start from apart from another: its content. Nothing without one."""
+    folder = getattr(config, "network", "")
+    if not folder:
+        return {}
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder} is not a folder; --network is what a training of {config.method} exported."
+        )
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"network": digest.hexdigest()[:16]}
 
 
 def _choose(there: Iterable[str], wanted: Iterable[str] | None, where: str) -> list[str]:

@@ -40,6 +40,10 @@ class FitOptions:
     """Only these people."""
     input_set: int = 0
     """Number of the input set in the shards."""
+    inputs: int = 0
+    """Only the first so many pictures of the input set; 0 for all."""
+    network: Path | None = None
+    """Folder that a training exported, for methods whose fits start from a trained network."""
     views: int = 40
     """Cameras to fit to with "views"; 0 for all that are not held out."""
     held_views: int = 8
@@ -114,7 +118,8 @@ def run_fits(options: FitOptions, shards: Path | None, workspace: Workspace) -> 
             name: value
             for name in ("head", "steps", "uv_resolution")
             if (value := getattr(options, name)) is not None
-        },
+        }
+        | ({} if options.network is None else {"network": str(options.network.resolve())}),
         subjects=options.subjects or None,
         workers=options.workers,
         cpus_per_actor=options.cpus,
@@ -145,6 +150,7 @@ def _source(options: FitOptions) -> FitSource:
         options.held_views,
         options.held_timesteps,
         options.picture_size,
+        options.inputs,
     )
 
 

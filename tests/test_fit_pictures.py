@@ -171,6 +171,18 @@ def test_a_capture_has_no_input_sets_and_shards_no_video(capture_folder, tiny_sh
         from_shards(subject, FitSource("video"))
 
 
+def test_only_the_first_pictures_of_an_input_set_are_fitted_when_asked(tiny_shards):
+    subject = open_shards(tiny_shards, "heldout").read("s03")
+    whole, one = from_shards(subject, FitSource()), from_shards(subject, FitSource(inputs=1))
+    assert (len(whole), len(one)) == (4, 1)
+    torch.testing.assert_close(one.images[0], whole.images[0])
+    torch.testing.assert_close(one.cameras.K[0], whole.cameras.K[0])
+    assert one.provenance["timesteps"] == whole.provenance["timesteps"][:1]
+    assert one.provenance["camera_ids"] == whole.provenance["camera_ids"][:1]
+    with pytest.raises(UserError, match="input sets of 4 pictures and 5 were asked for"):
+        from_shards(subject, FitSource(inputs=5))
+
+
 def test_evaluation_measures_nothing_that_a_fit_to_views_of_shards_saw(capture_folder, tmp_path):
     pack([read_capture(capture_folder)], tmp_path / "shards", size=48, heldout=["s00"], input_sets=1)
     shards = open_shards(tmp_path / "shards", "heldout")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatarConfig
 from avatars.gaussians import quaternion_to_matrix
 from avatars.method import render
+from cluster.fit import configuration, fits_name, network_identity
 from eval.metrics import psnr
-from train.fits import RECIPES
+from train.fits import RECIPES, FitSource
 from train.fits.fit import CHECKPOINT, fit_key, forget_checkpoint, run_fit
 from train.fits.flashavatar import FlashAvatarFitConfig
 from train.fits.look import neighbour_distance, sample_colors, spread_colors, surface_frames
@@ -111,6 +113,17 @@ def test_a_finished_fit_is_not_stepped_again_and_another_fit_starts_afresh(input
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fits_are_called_after_what_they_were_made_from():
+    names = {
+        "flashavatar": FitSource(),
+        "flashavatar-1-input": FitSource(inputs=1),
+        "flashavatar-2-inputs": FitSource(inputs=2),
+        "flashavatar-views": FitSource("views"),
+        "flashavatar-video": FitSource("video"),
+    }
+    assert [fits_name("flashavatar", source) for source in names.values()] == list(names)
+
+
 def test_keys_tell_configurations_and_inputs_apart():
     keys = {
         fit_key(small()),
@@ -201,7 +214,8 @@ def test_every_recipe_builds_and_says_when_lpips_is_left_out(inputs, monkeypatch
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name, recipe in RECIPES.items():
         config = recipe()
-        assert isinstance(config, FlashAvatarFitConfig)
+        if not isinstance(config, FlashAvatarFitConfig):
+            continue
         egg = dataclasses.replace(
             config, model=dataclasses.replace(config.model, head="egg", uv_resolution=16)
         )
@@ -209,6 +223,51 @@ def test_every_recipe_builds_and_says_when_lpips_is_left_out(inputs, monkeypatch
         assert fit.advance()["loss"] > 0, name
         left_out = [note for note in fit.notes if "vgg16-397923af.pth" in note]
         assert len(left_out) == (0 if config.lpips_weight == 0 else 1), name
+
+
+@dataclass(frozen=True)
+class Other:
+    """A method whose fits start from a trained network and which has one recipe for all pictures."""
+
+    steps: int = 3
+    network: str = ""
+    checkpoint_every: int = 1
+    method: str = "other"
+
+
+def test_a_method_chooses_its_recipe_by_the_hardware_and_the_pictures(monkeypatch):
+    monkeypatch.setitem(RECIPES, "other-cpu", Other)
+    inputs, views = FitSource(), FitSource("views")
+
+    def chosen(method, gpu, source, **overrides):
+        return configuration(method, gpu, source, overrides)
+
+    assert chosen("flashavatar", False, inputs) == RECIPES["flashavatar-cpu"]()
+    assert chosen("flashavatar", False, views) == RECIPES["flashavatar-cpu-many"]()
+    assert chosen("flashavatar", True, views) == RECIPES["flashavatar-gpu-many"]()
+    assert chosen("flashavatar-paper", False, views) == RECIPES["flashavatar-paper"]()
+    assert chosen("other", False, views) == Other()
+    changed = chosen("flashavatar", False, inputs, steps=7, uv_resolution=32)
+    assert (changed.steps, changed.model.uv_resolution) == (7, 32)
+    with pytest.raises(
+        UserError, match=r"no fit called 'other'; there are the methods .*flashavatar, .*other"
+    ):
+        chosen("other", True, inputs)
+    with pytest.raises(UserError, match="A fit of other has no setting 'uv_resolution'"):
+        chosen("other", False, inputs, uv_resolution=32)
+    with pytest.raises(UserError, match="A fit of flashavatar has no setting 'network'"):
+        chosen("flashavatar", False, inputs, network="somewhere")
+
+
+def test_a_fit_knows_the_network_it_starts_from_by_its_content(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = network_identity(Other(network=str(tmp_path)))
+    assert first == network_identity(Other(network=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert first != network_identity(Other(network=str(tmp_path)))
+    assert network_identity(Other()) == network_identity(small()) == {}
+    with pytest.raises(UserError, match="is not a folder; --network is what a training of other exported"):
+        network_identity(Other(network=str(tmp_path / "nothing")))
 
 
 def test_the_paper_recipe_starts_as_the_paper_says(inputs):

@@ -40,9 +40,11 @@ class FitSource:
     """Share of a capture's timesteps, the last ones, that is kept to measure on. The authors keep 500 frames."""
     size: int = 512
     """Side of a capture's pictures in pixels; smaller ones stay as they are. Shards have a size of their own."""
+    inputs: int = 0
+    """For "inputs": only the first so many pictures of the input set; 0 for all."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "held_views", "input_set"):
+        for name in ("views", "held_views", "input_set", "inputs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)} and must not be negative.")
         if not 0 <= self.held_timesteps < 1:
@@ -174,8 +176,13 @@ def from_shards(subject: SubjectShards, source: FitSource) -> InputSet | FitPict
             "numbers start at 0."
         )
     inputs = subject.input_sets[source.input_set]
+    if source.inputs > len(inputs):
+        raise UserError(
+            f"{subject.subject} has input sets of {len(inputs)} pictures and {source.inputs} were asked for; ask for "
+            "fewer, or pack the captures with larger input sets."
+        )
     if source.pictures == "inputs":
-        return inputs
+        return inputs.first(source.inputs) if source.inputs else inputs
     if source.pictures == "video":
         raise UserError("Shards hold input sets and views; a video is fitted from captures: give --captures.")
 
