@@ -356,6 +356,7 @@ def _row(
         versions=versions(),
         threads=torch.get_num_threads(),
         create_hardware=measured.made.hardware,
+        variant=getattr(measured.made.avatar, "variant", ""),
     )
 
 

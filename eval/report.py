@@ -17,6 +17,7 @@ from avatars.errors import UserError
 from avatars.files import write_whole
 from eval.compare import FEWEST, Difference
 from eval.failures import Failure, read_failures
+from eval.hashing import short_hash
 from eval.metrics import DEFINITIONS
 from eval.published import PublishedTable, published
 from eval.rows import TURNTABLE, Row, row_folder
@@ -66,9 +67,7 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     failures = read_failures(results)
     text = ["# headsplat: comparison", ""]
-    links = "".join(
-        f"<a href='#{mine[0].protocol_id}'>{html.escape(name)}</a>" for name, mine in groups.items()
-    )
+    links = "".join(f"<a href='#{_anchor(mine)}'>{html.escape(name)}</a>" for name, mine in groups.items())
     body = [f"<nav>{links}<a href='#failures'>failures</a><a href='#published'>published numbers</a></nav>"]
     for name, mine in groups.items():
         comparison = compared(mine)
@@ -80,7 +79,7 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
             subjects=SIDE_BY_SIDE,
             pictures=max(1, SIDE_BY_SIDE // subjects),
         )
-        picture = folder / f"comparison-{mine[0].protocol_id}.png"
+        picture = folder / f"comparison-{_anchor(mine)}.png"
         sheet.save(picture)
         text += [f"## {name}", "", table(mine, full=True), ""]
         text += _differences_text(comparison)
@@ -96,11 +95,17 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
     return page
 
 
+def _anchor(rows: Sequence[Row]) -> str:
+    """What the part of a page about rows of one protocol and variant is called."""
+    variant = rows[0].variant
+    return rows[0].protocol_id + (f"-{short_hash(variant, 6)}" if variant else "")
+
+
 def _section(name: str, comparison: Comparison, sheet: Image.Image, results: Path) -> str:
     """Everything about one protocol."""
     alt = html.escape(f"methods side by side under {name}")
     parts = [
-        f"<section id='{html.escape(comparison.runs[0].rows[0].protocol_id)}'><h2>{html.escape(name)}</h2>",
+        f"<section id='{_anchor(comparison.runs[0].rows)}'><h2>{html.escape(name)}</h2>",
         _means(comparison),
         "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes) + "</ul>",
         _differences(comparison),

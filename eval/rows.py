@@ -52,6 +52,10 @@ class Row:
         versions: the program's commit, and the packages that the numbers depend on.
         threads: processor threads that torch used.
         create_hardware: machine of `create_seconds` where another process made the avatar.
+        variant: what sets these numbers apart from the protocol's others, in a few words; empty for most. An avatar
+            with an attribute of this name gives it ("guided: its inputs include tracked views of the person"). Tables
+            show such rows in a part of their own and never rank them with the others.
+        checkpoint_hash: hash of the files that made the avatar, empty where nobody told it.
     """
 
     method: str
@@ -70,6 +74,8 @@ class Row:
     versions: dict[str, str] = field(repr=False)
     threads: int
     create_hardware: str | None = field(default=None, repr=False)
+    variant: str = ""
+    checkpoint_hash: str = field(default="", repr=False)
 
     @property
     def key(self) -> str:

@@ -73,32 +73,44 @@ class Comparison:
 
 
 def compared(rows: Sequence[Row]) -> Comparison:
-    """Sorts rows of one protocol into runs.
+    """Sorts rows of one protocol and variant into runs.
+
+    A run that lacks subjects is left out, and a note says so: a mean over the subjects that worked would flatter it.
 
     Raises:
-        UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
+        UserError: no rows, rows of several protocols or variants, or no run that was measured on all subjects.
     """
     rows = list(rows)
     check_one_protocol(rows)
+    if len(variants := sorted({row.variant for row in rows})) > 1:
+        told = "; ".join(f"{variant!r}" for variant in variants)
+        raise UserError(
+            f"These rows are of {len(variants)} variants ({told}), which are never ranked with each other. "
+            "Make one table a variant."
+        )
     by_run: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         by_run.setdefault((row.method, row.checkpoint), []).append(row)
     everyone = {row.subject for row in rows}
-    runs = []
+    runs, left_out = [], []
     for (method, checkpoint), mine in by_run.items():
         measured = [row.subject for row in mine]
         if sorted(measured) != sorted(everyone):
             absent = ", ".join(sorted(everyone - set(measured))) or "none, but some are there twice"
-            raise UserError(
-                f"{method} {checkpoint} was measured on {len(measured)} rows for {len(everyone)} subjects "
-                f"(missing: {absent}), so its means do not compare. Evaluate it on all subjects."
+            left_out.append(
+                f"{method} {checkpoint} is left out: it has {len(measured)} rows for {len(everyone)} subjects "
+                f"(missing: {absent}), so its means do not compare."
             )
+            continue
         alone = sum(other == method for other, _ in by_run) == 1
         ordered = tuple(sorted(mine, key=lambda row: row.subject))
         runs.append(Run(method, checkpoint, method if alone else f"{method} {checkpoint}", ordered))
+    if not runs:
+        raise UserError(f"{' '.join(left_out)} Evaluate at least one method on all subjects.")
     runs.sort(key=lambda run: -(mean_values(list(run.rows), "psnr") or -1.0))
-    keys = tuple(key for key in _keys(rows) if any(key in row.values for row in rows))
-    return Comparison(tuple(runs), keys, tuple(_notes(rows, runs)))
+    shown = [row for run in runs for row in run.rows]
+    keys = tuple(key for key in _keys(shown) if any(key in row.values for row in shown))
+    return Comparison(tuple(runs), keys, (*_notes(shown, runs), *left_out))
 
 
 def table(rows: Sequence[Row], *, full: bool = False) -> str:
@@ -136,11 +148,18 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def by_protocol(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by "<protocol> <id>", in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
+    """Rows that share a table: grouped by "<protocol> <id>", and rows of a variant by "<protocol> <id> · <variant>".
+
+    In order of first appearance, the variants of a protocol after the protocol itself.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        groups.setdefault(f"{row.protocol} {row.protocol_id}", []).append(row)
-    return groups
+        groups.setdefault((row.protocol, row.protocol_id), {}).setdefault(row.variant, []).append(row)
+    return {
+        " · ".join(filter(None, (f"{protocol} {protocol_id}", variant))): mine
+        for (protocol, protocol_id), variants in groups.items()
+        for variant, mine in sorted(variants.items())
+    }
 
 
 def heading(key: str) -> str:

@@ -88,15 +88,31 @@ def test_what_does_not_compare_gets_no_table():
         table([ROW, replace(ROW, protocol_id="ffff")])
     with pytest.raises(UserError, match="no result rows"):
         table([])
-    with pytest.raises(
-        UserError, match=r"other step-100 was measured on 1 rows for 2 subjects \(missing: s01\)"
-    ):
-        table([ROW, replace(ROW, subject="s02"), replace(ROW, method="other", subject="s02")])
+    with pytest.raises(UserError, match="2 variants"):
+        table([ROW, replace(ROW, method="other", variant="guided")])
+    with pytest.raises(UserError, match="Evaluate at least one method on all subjects"):
+        table([ROW, replace(ROW, method="other", subject="s02")])
     groups = by_protocol([ROW, replace(ROW, protocol_id="ffff"), replace(ROW, subject="s02")])
     assert {name: len(rows) for name, rows in groups.items()} == {
         "synthetic-heldout 0123456789ab": 2,
         "synthetic-heldout ffff": 1,
     }
+
+
+def test_a_run_that_lacks_subjects_is_left_out_and_told():
+    text = table([ROW, replace(ROW, subject="s02"), replace(ROW, method="other", subject="s02")])
+    assert [cells(line)[0] for line in text.splitlines() if line.startswith("| ")][2:] == ["avat3r"]
+    assert "other step-100 is left out: it has 1 rows for 2 subjects (missing: s01)" in text
+
+
+def test_rows_of_a_variant_have_a_table_of_their_own():
+    guided = replace(ROW, method="other", variant="guided: sees tracked views", values={"psnr": 30.0})
+    groups = by_protocol([guided, ROW])
+    assert list(groups) == [
+        "synthetic-heldout 0123456789ab",
+        "synthetic-heldout 0123456789ab · guided: sees tracked views",
+    ]
+    assert [[row.method for row in rows] for rows in groups.values()] == [["avat3r"], ["other"]]
 
 
 def test_the_error_picture_is_black_where_equal_and_bright_where_not():
