@@ -118,6 +118,8 @@ class PackOptions:
     """Input sets of a shard."""
     input_views: int = 4
     """Pictures of an input set."""
+    input_timesteps: Literal["different", "same"] = "different"
+    """Whether they are of different timesteps, as Avat3r is trained, or all of the same."""
     k: int = 3
     """Input cameras are drawn among the k farthest from those drawn before."""
     max_input_degrees: float = 80.0
@@ -211,6 +213,7 @@ def pack_folder(options: PackOptions) -> Manifest:
         heldout=list(options.heldout_subjects) or last,
         input_sets=options.input_sets,
         n_inputs=options.input_views,
+        input_timesteps=options.input_timesteps,
         k=options.k,
         max_input_degrees=options.max_input_degrees,
         prior=options.prior,

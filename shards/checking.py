@@ -264,7 +264,8 @@ def _check_sample(
                 [f"{i:02d}" for i in range(len(cameras))],
             )
             timesteps = [picture["timestep"] for picture in cameras]
-            if len(cameras) != manifest.settings.n_inputs or len(set(timesteps)) < len(timesteps):
+            wanted = 1 if manifest.settings.input_timesteps == "same" else len(cameras)
+            if len(cameras) != manifest.settings.n_inputs or len(set(timesteps)) != wanted:
                 yield Finding("error", where, f"has pictures of the timesteps {', '.join(timesteps)}.")
         yield from _check_codes(manifest, where, codes)
         yield from _check_cameras(manifest, where, cameras)

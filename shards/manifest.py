@@ -44,7 +44,8 @@ class PackSettings:
         quality: JPEG quality, 1 to 100.
         subsampling: JPEG chroma subsampling: "444", "422" or "420".
         prior: position maps that packing made: "depth" or "none". `Manifest.priors` says what is there now.
-        n_inputs: pictures in an input set, each of its own timestep.
+        n_inputs: pictures in an input set.
+        input_timesteps: the pictures of an input set are of "different" timesteps, or all of the "same".
         input_sets: input sets at the head of each shard.
         k: input cameras are drawn among the k farthest.
         max_input_degrees: how far from straight before the face an input camera may stand.
@@ -65,6 +66,7 @@ class PackSettings:
     max_input_degrees: float = 80.0
     timesteps_per_shard: int = 256
     seed: int = 0
+    input_timesteps: Literal["different", "same"] = "different"
 
 
 @dataclass(frozen=True)

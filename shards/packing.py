@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,7 @@ def pack(
     k: int = 3,
     max_input_degrees: float = 80.0,
     timesteps_per_shard: int = 256,
+    input_timesteps: Literal["different", "same"] = "different",
     threads: int = 2,
     progress: Callable[[str], None] | None = None,
     pack_shards: PackShards | None = None,
@@ -85,7 +86,7 @@ def pack(
         size: side of the square pictures in pixels.
         heldout: names of the subjects to hold out from training, or how many (drawn by `seed`).
         input_sets: input sets at the head of each shard.
-        n_inputs: pictures in an input set, each of its own timestep.
+        n_inputs: pictures in an input set.
         seed: of all draws.
         prior: "depth" to store position maps from the captures' true depth, "none" to store no prior.
         quality: JPEG quality.
@@ -93,6 +94,8 @@ def pack(
         k: input cameras are drawn among the k farthest from those drawn before.
         max_input_degrees: how far from straight before the face an input camera may stand.
         timesteps_per_shard: target timesteps in one shard.
+        input_timesteps: each picture of an input set is of another timestep ("different"), as Avat3r is trained, or
+            all are of one ("same"), as for its ablation without random timesteps.
         threads: pictures are read, cut and encoded by this many threads.
         progress: called with a line of text after each shard.
         pack_shards: packs all the (capture, number of shard) it is given and returns their receipts in the
@@ -117,6 +120,7 @@ def pack(
         max_input_degrees=max_input_degrees,
         timesteps_per_shard=timesteps_per_shard,
         seed=seed,
+        input_timesteps=input_timesteps,
     )
     _check_settings(settings)
     _check_captures(captures, settings)
@@ -214,12 +218,14 @@ def _pack_shard(
 ) -> ShardInfo:
     """Writes one shard; returns its line in the manifest."""
     draws = Draws(settings.seed, capture.subject, "inputs", number)
-    drawn = draw_input_timesteps(len(capture.timestep_ids), settings.n_inputs, settings.input_sets, draws)
+    different = 1 if settings.input_timesteps == "same" else settings.n_inputs
+    drawn = draw_input_timesteps(len(capture.timestep_ids), different, settings.input_sets, draws)
     place = {t: i for i, t in enumerate(targets)}
     views = []
     with ShardWriter(path) as writer:
         for j, timesteps in enumerate(drawn):
-            writer.write(f"inputs-{j:03d}", _input_set(capture, timesteps, j, settings, draws, errors))
+            steps = timesteps * (settings.n_inputs // different)
+            writer.write(f"inputs-{j:03d}", _input_set(capture, steps, j, settings, draws, errors))
         for i, t in enumerate(targets):
             members, count = _target(capture, t, settings, pool)
             writer.write(f"target-{i:05d}", members)
@@ -416,6 +422,8 @@ def _check_settings(settings: PackSettings) -> None:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be from {low} to {high}.")
     if settings.prior not in ("depth", "none"):
         raise UserError(f"There is no prior {settings.prior!r} to pack; the priors are depth and none.")
+    if settings.input_timesteps not in ("different", "same"):
+        raise UserError(f"input_timesteps is {settings.input_timesteps!r}; it must be different or same.")
     if settings.subsampling not in ("444", "422", "420"):
         raise UserError(f"subsampling is {settings.subsampling!r}; it must be 444, 422 or 420.")
 
@@ -453,11 +461,17 @@ def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
                     f"{capture.capture_id} has the {field} {ours} where {first.capture_id} has {theirs}."
                     " Pack them into different folders."
                 )
-        if len(capture.timestep_ids) <= settings.n_inputs:
+        same = settings.input_timesteps == "same"
+        different = 1 if same else settings.n_inputs
+        if len(capture.timestep_ids) <= different:
             raise UserError(
-                f"{capture.capture_id} has {len(capture.timestep_ids)} timesteps; {settings.n_inputs} input"
-                " timesteps"
+                f"{capture.capture_id} has {len(capture.timestep_ids)} timesteps; {different} input timesteps"
                 " and a target need at least one more. Record more, or lower n_inputs."
+            )
+        if same and len(capture.camera_ids) < settings.n_inputs:
+            raise UserError(
+                f"{capture.capture_id} has {len(capture.camera_ids)} cameras, too few for {settings.n_inputs}"
+                " pictures of the same timestep. Pack inputs of different timesteps, or lower n_inputs."
             )
         if settings.prior == "depth" and not capture.has_depth:
             raise UserError(

@@ -10,7 +10,8 @@ import torch
 from tiny_captures import pack_tiny, write_tiny_capture, write_tiny_captures
 
 from avatars.errors import UserError
-from shards import Manifest, open_shards, pack, read_capture
+from shards import Manifest, open_shards, pack, plan, read_capture
+from shards.checking import check
 from shards.manifest import PackSettings
 from shards.packing import pack_shard
 from shards.pictures import crop_window, decode_mask, encode_mask, fit_intrinsics, resample_depth
@@ -206,6 +207,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(captures, tmp_path, 
         ({"prior": "guess"}, "no prior 'guess'"),
         ({"subsampling": "411"}, "subsampling is '411'"),
         ({"n_inputs": 6}, "s00 has 6 timesteps; 6 input timesteps and a target need at least one more"),
+        ({"n_inputs": 9, "input_timesteps": "same"}, "s00 has 8 cameras, too few for 9 pictures of the same"),
+        ({"input_timesteps": "any"}, "input_timesteps is 'any'; it must be different or same"),
     ],
 )
 def test_wrong_options_are_sentences(captures, tmp_path, options, sentence):
@@ -232,6 +235,25 @@ def test_packed_shards_are_not_overwritten(captures, packed):
     with pytest.raises(UserError, match="already holds packed shards"):
         pack([read_capture(captures[0])], packed, size=40, heldout=0)
     assert hashes(packed) == before
+
+
+def test_inputs_of_one_timestep(tmp_path):
+    out = pack_tiny(tmp_path, subjects=2, timesteps=3, size=32, input_sets=3, input_timesteps="same")
+    manifest = Manifest.load(out)
+    assert manifest.settings.input_timesteps == "same"
+    assert not [finding for finding in check(out) if finding.severity == "error"]
+    for subject in manifest.train:
+        sets = open_shards(out, "train").read(subject).input_sets
+        for inputs, steps in zip(sets, manifest.split("train")[0].inputs, strict=True):
+            assert len(set(inputs.provenance["timesteps"])) == len(steps) == 1
+            assert len(set(inputs.provenance["camera_ids"])) == 4
+            assert (inputs.expressions == inputs.expressions[0]).all()
+    targets = {plan(manifest, "train", seed=0, step=step, micro_batch=1)[0].target for step in range(3)}
+    assert targets == {0, 1, 2}  # every timestep is in one set and the target of others
+    content = json.loads((out / "manifest.json").read_text())
+    content["settings"]["input_timesteps"] = "different"
+    (out / "manifest.json").write_text(json.dumps(content))
+    assert any("has pictures of the timesteps" in finding.what for finding in check(out))
 
 
 def test_without_a_prior_there_are_no_positions(tmp_path):
