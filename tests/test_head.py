@@ -9,11 +9,20 @@ import torch
 from scipy import sparse
 
 from avatars.errors import UserError
-from avatars.flashavatar.uv import sample_uv
+from avatars.head.uv import sample_uv
 from avatars.head import ParametricHead, makehuman
 from avatars.head.cache import save_npz_atomically
-from avatars.head.flame import load_pickle
-from avatars.head.geometry import catmull_clark, rasterize_uv, sample_texture, triangulate, vertex_normals
+from avatars.head.flame import MODEL_FILES
+from avatars.head.geometry import (
+    catmull_clark,
+    close_rim,
+    free_box,
+    open_rims,
+    rasterize_uv,
+    sample_texture,
+    triangulate,
+    vertex_normals,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,16 @@ def test_skin_is_closed(head):
     forward = {tuple(side) for side in sides.tolist()}
     assert len(forward) == len(sides)  # consistently oriented: no side twice in one direction
     assert all((b, a) in forward for a, b in forward)
+    assert not open_rims(faces.numpy())
+
+
+def test_the_oral_cavity_closes_the_mouth_of_the_built_in_head_and_is_sampled(head):
+    lips = head.faces[head.regions["lips"]].unique()
+    without = torch.stack([head.regions[name] for name in ("skin", "scalp", "lips", "boundary")]).any(0)
+    rims = [rim for rim in open_rims(head.faces[without].numpy()) if np.isin(rim, lips).any()]
+    assert len(rims) == 1  # there is something to close, and the cavity's faces do
+    samples = sample_uv(head.uv, head.uv_faces, 128, head.regions["boundary"])
+    assert head.regions["mouth"][samples.triangles].sum() > 50
 
 
 def test_identity_basis_is_orthonormal_and_reconstructs_people(head):
@@ -272,17 +291,44 @@ def test_pixels_of_triangles_that_touch_the_boundary_are_dropped():
 def test_flashavatars_mesh_gives_the_papers_counts():
     """3,348 / 13,453 / 53,678 Gaussians (Table 2) on FLAME with the mouth closed, where the user has the files."""
     folder = Path(os.environ.get("HEADSPLAT_WEIGHTS", "none"))
-    mesh, masks = folder / "FlameMesh.obj", folder / "FLAME_masks.pkl"
-    if not (mesh.is_file() and masks.is_file()):
-        pytest.skip("HEADSPLAT_WEIGHTS has no FlameMesh.obj of FlashAvatar beside FLAME_masks.pkl")
-    rows = [line.split() for line in mesh.read_text().splitlines()]
-    uv = torch.tensor([[float(x) for x in row[1:3]] for row in rows if row[:1] == ["vt"]])
-    corners = [[[int(x) - 1 for x in c.split("/")[:2]] for c in row[1:4]] for row in rows if row[:1] == ["f"]]
-    vertex, texture = torch.tensor(corners).unbind(-1)
-    rim = torch.isin(vertex, torch.from_numpy(np.array(load_pickle(masks)["boundary"]).astype(np.int64))).any(
-        1
-    )
-    assert [len(sample_uv(uv, texture, n, rim)) for n in (64, 128, 256)] == [3348, 13453, 53678]
+    files = folder / "FlameMesh.obj", folder / "FLAME_masks.pkl", *(folder / name for name in MODEL_FILES)
+    if not (files[0].is_file() and files[1].is_file() and any(path.is_file() for path in files[2:])):
+        pytest.skip(
+            "HEADSPLAT_WEIGHTS has no FLAME model with FlashAvatar's FlameMesh.obj and FLAME_masks.pkl beside it"
+        )
+    head = ParametricHead.load("flame", folder)
+    assert head.regions["mouth"].sum() == 30
+    rim = head.regions["boundary"]
+    assert [len(sample_uv(head.uv, head.uv_faces, n, rim)) for n in (64, 128, 256)] == [3348, 13453, 53678]
+
+
+def test_open_rims_run_as_the_triangles_do():
+    ring = np.arange(12).reshape(2, 6)  # a belt of six quads: a rim above and one below
+    quads = np.array([[ring[0, k], ring[0, (k + 1) % 6], ring[1, (k + 1) % 6], ring[1, k]] for k in range(6)])
+    below, above = open_rims(triangulate(quads))
+    assert below.tolist() == [0, 1, 2, 3, 4, 5]
+    assert above.tolist() == [6, 11, 10, 9, 8, 7]
+    points = np.array([[np.cos(k * np.pi / 3), z, np.sin(k * np.pi / 3)] for z in (0, 1) for k in range(6)])
+    closed = np.concatenate([triangulate(quads), close_rim(below, points), close_rim(above, points)])
+    assert len(closed) == 12 + 4 + 4
+    assert not open_rims(closed)
+    sides = np.concatenate([closed[:, [0, 1]], closed[:, [1, 2]], closed[:, [2, 0]]])
+    assert len({tuple(side) for side in sides.tolist()}) == len(sides)  # all turned alike
+    assert open_rims(np.array([[0, 1, 2], [2, 3, 4]])) == []  # one curve that touches itself in vertex 2
+
+
+def test_the_largest_free_place_of_a_uv_map_is_found():
+    square = np.array([[0, 0], [1, 0], [1, 0.5], [0, 0.5]])
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    u0, v0, u1, v1 = free_box(square, faces, width=0.4)
+    assert (u1 - u0, v1 - v0) == pytest.approx((0.4, 0.2), abs=1 / 256)
+    assert v0 > 0.5
+    strip = np.array([[0, 0], [1, 0], [1, 0.9], [0, 0.9]])
+    u0, v0, u1, v1 = free_box(strip, faces, width=0.4)  # a place lower than asked for
+    assert 0.9 < v0 < v1 < 1
+    assert 0.12 < u1 - u0 < 0.2
+    with pytest.raises(ValueError, match="no free place"):
+        free_box(np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]]), faces, width=0.2)
 
 
 CUBE = np.array([[0, 3, 2, 1], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
@@ -450,4 +496,144 @@ def test_incomplete_flame_files_are_reported(flame_folder, tmp_path):
     (folder / "flame2023.pkl").write_bytes(whole)
     (folder / "head_template_mesh.obj").unlink()
     with pytest.raises(UserError, match=r"no head_template_mesh\.obj"):
+        ParametricHead.load("flame", folder)
+
+
+def holed_head():
+    """Vertices, faces and UVs of a sphere in FLAME's manner: holes for the neck, the mouth and both eyes."""
+    rows, columns = 24, 48
+    polar, around = np.meshgrid(
+        np.linspace(0.05, 2.4, rows + 1), np.arange(columns) * 2 * np.pi / columns, indexing="ij"
+    )
+    points = 0.1 * np.stack(
+        [np.sin(polar) * np.sin(around), np.cos(polar), np.sin(polar) * np.cos(around)], -1
+    )
+    points, top = points.reshape(-1, 3), (rows + 1) * columns
+    grid = np.arange(rows * columns + columns).reshape(rows + 1, columns)
+    beside = np.roll(grid, -1, axis=1)
+    quads = np.stack([grid[:-1], grid[1:], beside[1:], beside[:-1]], -1).reshape(-1, 4)
+    middle = points[quads].mean(1)
+    front = middle[:, 2] > 0
+    mouth = front & (np.abs(middle[:, 0]) < 0.03) & (np.abs(middle[:, 1] + 0.035) < 0.006)
+    eyes = front & (np.abs(np.abs(middle[:, 0]) - 0.035) < 0.012) & (np.abs(middle[:, 1] - 0.03) < 0.01)
+    crown = np.array([[j, (j + 1) % columns, top] for j in range(columns)])
+    faces = np.concatenate([triangulate(quads[~mouth & ~eyes]), crown])
+    points = np.concatenate([points, [[0, 0.1, 0]]])
+    # One UV a corner: the sphere unrolled into the map's lower four fifths, so that seams need no care.
+    place = np.stack([np.arctan2(points[:, 0], points[:, 2]) / (2 * np.pi) + 0.5, 0.4 + 4 * points[:, 1]], -1)
+    uv = place[faces]
+    wraps = np.ptp(uv[..., 0], axis=1) > 0.5
+    uv[wraps] = np.where(uv[wraps] < 0.5, uv[wraps] + [1, 0], uv[wraps])
+    uv[..., 0] = 0.1 + 0.7 * uv[..., 0] / 1.1
+    return points, faces, uv.reshape(-1, 2), np.arange(3 * len(faces)).reshape(-1, 3)
+
+
+@pytest.fixture
+def open_mouthed(tmp_path):
+    """A made-up FLAME model whose mesh ends at neck, lips and eyes, with its template's OBJ."""
+    points, faces, uv, corners = holed_head()
+    rng, n = np.random.default_rng(5), len(points)
+    model = {
+        "f": faces, "v_template": points + np.array([0, 1.5, 0]), "shapedirs": 1e-3 * rng.normal(size=(n, 3, 8)),
+        "posedirs": np.zeros((n, 3, 36)), "J_regressor": sparse.csc_matrix(rng.dirichlet(np.ones(n), 5)),
+        "weights": rng.dirichlet(np.ones(5), n), "kintree_table": np.array([[-1, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
+    }  # fmt: skip
+    (tmp_path / "generic_model.pkl").write_bytes(pickle.dumps(model, protocol=2))
+    (tmp_path / "head_template_mesh.obj").write_text(uv_obj(faces, uv, corners))
+    lips = next(
+        rim for rim in open_rims(faces) if abs(points[rim, 0].mean()) < 1e-6 and points[rim, 1].min() > -0.06
+    )
+    (tmp_path / "FLAME_masks.pkl").write_bytes(
+        pickle.dumps({"lips": lips, "boundary": np.flatnonzero(points[:, 1] < -0.07)}, protocol=2)
+    )
+    return tmp_path, lips, faces
+
+
+def uv_obj(faces, uv, corners):
+    lines = [f"vt {u:.6f} {v:.6f}" for u, v in uv]
+    pairs = zip(faces.tolist(), corners.tolist(), strict=True)
+    lines += [
+        "f " + " ".join(f"{i + 1}/{c + 1}" for i, c in zip(face, corner, strict=True))
+        for face, corner in pairs
+    ]
+    return "\n".join(lines)
+
+
+def test_flames_mouth_is_closed_by_a_strip_between_the_lips(open_mouthed):
+    folder, lips, faces = open_mouthed
+    assert len(open_rims(faces)) == 4
+    head = ParametricHead.load("flame", folder)
+    still = head.vertices(torch.zeros(1, head.n_identity), torch.zeros(1, head.n_expression))[0].numpy()
+    rims = open_rims(head.faces.numpy())
+    assert len(rims) == 3  # the neck's and the eyes'
+    assert not any(np.isin(rim, lips).any() for rim in rims)
+    assert len(head.faces) == len(faces) + len(lips) - 2
+    assert (head.faces[: len(faces)].numpy() == faces).all()
+    mouth = head.regions["mouth"]
+    assert mouth.nonzero()[:, 0].tolist() == list(range(len(faces), len(head.faces)))
+    assert not (head.regions["lips"] & mouth).any()
+    assert set(head.faces[mouth].unique().tolist()) == set(lips.tolist())
+    closing = still[head.faces[mouth].numpy()]
+    normals = np.cross(closing[:, 1] - closing[:, 0], closing[:, 2] - closing[:, 0])
+    assert (normals[:, 2] > 0).all()  # outward, as the face around is
+
+
+def test_the_closed_mouth_has_a_place_of_its_own_in_the_uv_map(open_mouthed):
+    folder, _, faces = open_mouthed
+    head = ParametricHead.load("flame", folder)
+    uv, corners, mouth = head.uv.numpy(), head.uv_faces.numpy(), head.regions["mouth"].numpy()
+    assert uv.min() >= 0
+    assert uv.max() <= 1
+    triangle, _ = rasterize_uv(uv, corners, 512)
+    alone, _ = rasterize_uv(uv, corners[len(faces) :], 512)
+    assert (triangle[alone >= 0] >= len(faces)).all()  # nothing else is there
+    backwards, _ = rasterize_uv(uv, corners[len(faces) :][::-1].copy(), 512)
+    assert (alone == mouth.sum() - 1 - backwards)[alone >= 0].mean() > 0.99  # nor do its triangles overlap
+    a, b, c = (uv[corners[mouth, k]] for k in range(3))
+    area = (b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0]
+    assert (area > 0).all()  # not mirrored
+    upright = uv[corners[mouth]].reshape(-1, 2), head.template[head.faces[mouth]].reshape(-1, 3).numpy()
+    assert np.corrcoef(upright[0][:, 0], upright[1][:, 0])[0, 1] > 0.95
+    assert np.corrcoef(upright[0][:, 1], upright[1][:, 1])[0, 1] > 0.8
+    samples = sample_uv(head.uv, head.uv_faces, 128, head.regions["boundary"])
+    assert head.regions["mouth"][samples.triangles].sum() > 100
+    assert not head.regions["boundary"][samples.triangles].any()
+
+
+def test_flashavatars_own_mesh_is_taken_where_it_lies_beside_the_model(open_mouthed):
+    """`FlameMesh.obj` has FLAME's faces, here in another order and turned, and triangles across the mouth."""
+    folder, lips, faces = open_mouthed
+    _, _, uv, corners = holed_head()
+    closing = np.array([[lips[0], lips[k + 1], lips[k]] for k in range(1, len(lips) - 1)])  # a fan
+    angle = np.linspace(0, 2 * np.pi, len(lips), endpoint=False)
+    lens = np.stack([0.9 + 0.05 * np.cos(angle), 0.9 + 0.05 * np.sin(angle)], -1)
+    place = {int(vertex): len(uv) + k for k, vertex in enumerate(lips)}
+    all_faces = np.concatenate([faces, closing])
+    all_corners = np.concatenate([corners, np.vectorize(place.get)(closing)])
+    order = np.random.default_rng(0).permutation(len(all_faces))
+    turned = np.roll(all_faces[order], 1, axis=1), np.roll(all_corners[order], 1, axis=1)
+    template = ParametricHead.load("flame", folder)
+    (folder / "FlameMesh.obj").write_text(uv_obj(turned[0], np.concatenate([uv, lens]), turned[1]))
+    head = ParametricHead.load("flame", folder)
+    own = slice(0, len(faces))
+    assert (head.faces[own] == template.faces[own]).all()
+    assert torch.allclose(head.uv[head.uv_faces[own]], template.uv[template.uv_faces[own]])
+    assert {tuple(sorted(f)) for f in head.faces[head.regions["mouth"]].tolist()} == {
+        tuple(sorted(f)) for f in closing.tolist()
+    }
+    assert len(open_rims(head.faces.numpy())) == 3
+    assert head.uv[head.uv_faces[head.regions["mouth"]]].min() > 0.8
+    (folder / "FlameMesh.obj").write_text(uv_obj(faces[1:], uv, corners[1:]))
+    with pytest.raises(UserError, match="other faces than the model"):
+        ParametricHead.load("flame", folder)
+
+
+def test_a_uv_map_without_a_place_for_the_mouth_is_reported(open_mouthed):
+    folder, _, faces = open_mouthed
+    full = np.zeros((3 * len(faces), 2))
+    full[1], full[2] = (2.0, 0.0), (0.0, 2.0)  # the first triangle covers all of the map
+    (folder / "head_template_mesh.obj").write_text(
+        uv_obj(faces, full, np.arange(3 * len(faces)).reshape(-1, 3))
+    )
+    with pytest.raises(UserError, match=r"no place for the mouth's triangles .* FlameMesh\.obj"):
         ParametricHead.load("flame", folder)

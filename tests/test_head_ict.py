@@ -1,7 +1,9 @@
 """ICT-FaceKit's reader, on a made-up model in exactly the published layout: names, counts and order of its files."""
 
 import json
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from avatars.errors import UserError
 from avatars.head import ParametricHead, ict
-from avatars.head.geometry import rasterize_uv
+from avatars.head.geometry import open_rims, rasterize_uv
 
 SIDED = [
     "browDown",
@@ -216,3 +218,18 @@ def test_incomplete_or_foreign_files_are_reported(model, tmp_path):
     (copy / "generic_neutral_mesh.obj").write_text("v 0 0 0\nf 1 2 3\n")
     with pytest.raises(UserError, match="not a Wavefront OBJ with UVs"):
         ict.build(tmp_path)
+
+
+def test_the_mouth_socket_closes_the_lips_of_the_published_mesh():
+    """Face, bust, mouth and eye sockets share the vertices of their rims: what is left open is the edge of the bust."""
+    folder = Path(os.environ.get("HEADSPLAT_WEIGHTS", "none")) / "FaceXModel"
+    if not (folder / "generic_neutral_mesh.obj").is_file():
+        pytest.skip("HEADSPLAT_WEIGHTS has no FaceXModel of ICT-FaceKit")
+    _, uv, polygons, corners = ict._read_mesh(folder / "generic_neutral_mesh.obj")
+    label, faces, _, _ = ict._cut(polygons, uv, corners)
+    lips = ict._read_landmarks(folder / "vertex_indices.json")[48:]
+    skin = label == ict.LABELS.index("skin")
+    cavities = np.isin(label, [ict.LABELS.index("mouth"), ict.LABELS.index("socket")])
+    assert len(open_rims(faces[skin])) == 4  # bust, mouth, both eyes
+    (bust,) = open_rims(faces[skin | cavities])
+    assert not np.isin(bust, lips).any()

@@ -3,8 +3,13 @@
 Expected in one folder (Li et al. 2017, https://flame.is.tue.mpg.de):
 
 - the model: `generic_model.pkl` (FLAME 2020), `flame2023.pkl`, `flame2023_no_jaw.pkl` or `flame2023_Open.pkl`;
-- `head_template_mesh.obj` (or `head_template.obj`), for the UV layout;
+- `head_template_mesh.obj` (or `head_template.obj`), for the UV layout; or FlashAvatar's `FlameMesh.obj`, which is the
+  same mesh with 30 more triangles across the mouth;
 - optionally `FLAME_masks.pkl`, for regions and the boundary of the neck.
+
+FLAME's mesh ends at the inner lips. What samples it by its UV map needs something there, so the mouth is closed: by the
+triangles of `FlameMesh.obj` where that file is, with which the map gives the 3,348 / 13,453 / 53,678 samples of
+FlashAvatar's Table 2; otherwise by a strip of as many triangles between the two lips, on a free place of the map.
 
 The files are Python 2 pickles. They are read by an unpickler that knows arrays and sparse matrices and nothing else,
 so that a file from an untrusted place cannot run code.
@@ -20,12 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatars.errors import UserError
+from avatars.head.geometry import close_rim, free_box, open_rims
 
 __all__ = ["MODEL_FILES", "build", "load_pickle"]
 
 MODEL_FILES = ("generic_model.pkl", "flame2023.pkl", "flame2023_no_jaw.pkl", "flame2023_Open.pkl")
 N_SHAPE = 300
 SKINNED = 5  # root, neck, jaw, left eye, right eye
+UV_FILES = ("FlameMesh.obj", "head_template_mesh.obj", "head_template.obj")
+MOUTH_WIDTH = 0.15  # of the UV map, at most: about the face's own share of it for an open mouth
 
 
 class _Chumpy:
@@ -129,8 +137,10 @@ def build(folder: Path) -> dict[str, NDArray]:
     basis = np.concatenate([basis, np.einsum("jv,cvx->cjx", regressor[1:], basis)], axis=1)
     pose = np.asarray(model["posedirs"], float).reshape(n * 3, -1)  # (3V, 36)
     faces = np.asarray(model["f"]).astype(np.int64)
-    uv, uv_faces = _read_uv(folder, faces)
-    names, masks, boundary = _read_masks(folder, faces, n)
+    head = len(faces)
+    faces, uv, uv_faces = _read_uv(folder, faces, n)
+    faces, uv, uv_faces = _close_mouth(template, faces, uv, uv_faces, folder)
+    names, masks, boundary = _read_masks(folder, faces, n, head)
     return {
         "template": points.astype(np.float32),
         "identity_basis": basis[:n_shape].astype(np.float32),
@@ -148,11 +158,12 @@ def build(folder: Path) -> dict[str, NDArray]:
     }
 
 
-def _read_uv(folder: Path, faces: NDArray) -> tuple[NDArray, NDArray]:
-    """UVs and their faces out of the template's OBJ, in the order of the model's faces."""
-    path = next(
-        (p for p in (folder / "head_template_mesh.obj", folder / "head_template.obj") if p.is_file()), None
-    )
+def _read_uv(folder: Path, faces: NDArray, n: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Faces (F, 3), UVs (U, 2) and the faces' UV ids (F, 3) out of the OBJ that has FLAME's layout.
+
+    The model's own faces come first, in their order, and then what the file has more.
+    """
+    path = next((folder / name for name in UV_FILES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(
             f"{folder} has no head_template_mesh.obj, which holds FLAME's UV layout; put it beside the model"
@@ -164,26 +175,92 @@ def _read_uv(folder: Path, faces: NDArray) -> tuple[NDArray, NDArray]:
             if words[:1] == ["vt"]:
                 uv.append([float(words[1]), float(words[2])])
             elif words[:1] == ["f"]:
-                split = [word.split("/") for word in words[1:4]]
+                split = [word.split("/") for word in words[1:]]
                 vertices.append([int(corner[0]) - 1 for corner in split])
                 corners.append([int(corner[1]) - 1 for corner in split])
+        found, texture = np.array(vertices).reshape(-1, 3), np.array(corners).reshape(-1, 3)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a Wavefront OBJ with UVs ({error}); download it again") from error
-    if not np.array_equal(np.array(vertices), faces):
+        raise UserError(
+            f"{path} is not a Wavefront OBJ of triangles with UVs ({error}); download it again"
+        ) from error
+    # An editor may have turned a triangle's corners or sorted the triangles; which ones there are is what counts.
+    place = {
+        tuple(face): (k, r) for k, row in enumerate(found.tolist()) for r, face in enumerate(_turns(row))
+    }
+    ours = [place.get(tuple(face)) for face in faces.tolist()]
+    there = np.array([(-1, 0) if entry is None else entry for entry in ours])
+    rest = np.setdiff1d(np.arange(len(found)), there[:, 0])
+    if (there[:, 0] < 0).any() or len(rest) + len(faces) != len(found) or found.max() >= n:
         raise UserError(
             f"{path} has other faces than the model beside it; use the files of one FLAME release"
         )
-    return np.array(uv), np.array(corners)
+    turned = (np.arange(3) + there[:, 1:]) % 3
+    own = np.take_along_axis(texture[there[:, 0]], turned, axis=1)
+    return np.concatenate([faces, found[rest]]), np.array(uv), np.concatenate([own, texture[rest]])
 
 
-def _read_masks(folder: Path, faces: NDArray, n: int) -> tuple[list[str], NDArray[np.bool_], NDArray]:
+def _turns(face: list[int]) -> list[list[int]]:
+    """The three ways to write one triangle, by how many corners it is turned."""
+    return [face[k:] + face[:k] for k in range(3)]
+
+
+def _close_mouth(
+    template: NDArray, faces: NDArray, uv: NDArray, uv_faces: NDArray, folder: Path
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Adds triangles on the rim of the lips, with a place of their own in the UV map; a closed mesh stays as it is.
+
+    Of the rims that FLAME has, the neck's cut is the lowest and the eyes' do not reach across the middle of the face.
+    """
+    rims = open_rims(faces)
+    lowest = min(rims, key=lambda rim: template[rim, 1].mean(), default=None)
+    for rim in rims:
+        x = template[rim, 0]
+        if rim is lowest or not x.min() < 0 < x.max():
+            continue
+        closing = close_rim(rim, template)
+        try:
+            u0, v0, u1, v1 = free_box(uv, uv_faces, width=MOUTH_WIDTH)
+        except ValueError as error:
+            raise UserError(
+                f"the UV layout in {folder} leaves no place for the mouth's triangles ({error});"
+                " put FlashAvatar's FlameMesh.obj beside the model"
+            ) from error
+        layout = _lens(template[rim]) * (u1 - u0, v1 - v0) + (u0, v0)
+        local = np.zeros(len(template), np.int64)
+        local[rim] = np.arange(len(rim)) + len(uv)
+        faces = np.concatenate([faces, closing])
+        uv, uv_faces = np.concatenate([uv, layout]), np.concatenate([uv_faces, local[closing]])
+    return faces, uv, uv_faces
+
+
+def _lens(points: NDArray) -> NDArray:
+    """A rim (n, 3), seen from the front, as an ellipse in the unit square, (n, 2): each lip is half of it.
+
+    A convex outline keeps any triangles on it apart, also of lips that touch.
+    """
+    n, first, last = len(points), int(points[:, 0].argmin()), int(points[:, 0].argmax())
+    layout = np.zeros((n, 2))
+    for step, end in ((1, (last - first) % n), (-1, (first - last) % n)):
+        lip = (first + step * np.arange(end + 1)) % n
+        along = np.append(0, np.linalg.norm(np.diff(points[lip], axis=0), axis=1).cumsum())
+        angle = np.pi * along / along[-1]
+        # Outward faces run clockwise around what they leave open, seen from the front: the upper lip leads on.
+        layout[lip] = np.stack([1 - np.cos(angle), 1 + step * np.sin(angle)], axis=1) / 2
+    return layout
+
+
+def _read_masks(
+    folder: Path, faces: NDArray, n: int, head: int
+) -> tuple[list[str], NDArray[np.bool_], NDArray]:
     """Region names, masks (R, F) of faces whose corners all lie in a region, and the vertices of the boundary.
 
-    The boundary is wider, as FlashAvatar has it: faces with any corner on it, which get no Gaussians.
+    The boundary is wider, as FlashAvatar has it: faces with any corner on it, which get no Gaussians. The faces from
+    `head` on, which close the mouth, are the region "mouth" and in no other.
     """
     path = folder / "FLAME_masks.pkl"
+    mouth = (np.arange(len(faces)) >= head)[None]
     if not path.is_file():
-        return ["skin"], np.ones((1, len(faces)), bool), np.zeros(0, np.int64)
+        return ["skin", "mouth"], np.concatenate([~mouth, mouth]), np.zeros(0, np.int64)
     regions = {name: np.asarray(ids).astype(np.int64) for name, ids in load_pickle(path).items()}
     if any(len(ids) and (ids.min() < 0 or ids.max() >= n) for ids in regions.values()):
         raise UserError(
@@ -195,4 +272,5 @@ def _read_masks(folder: Path, faces: NDArray, n: int) -> tuple[list[str], NDArra
             for name, ids in regions.items()
         ]
     )
-    return list(regions), masks, regions.get("boundary", np.zeros(0, np.int64))
+    masks = np.concatenate([masks & ~mouth, mouth])
+    return [*regions, "mouth"], masks, regions.get("boundary", np.zeros(0, np.int64))

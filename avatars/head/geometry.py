@@ -1,12 +1,23 @@
-"""Mesh operations the heads share: triangulation, Catmull-Clark refinement, UV rasterization. numpy only."""
+"""Mesh operations the heads share: triangulation, refinement, open rims and what closes them, UV maps. numpy only."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-__all__ = ["catmull_clark", "rasterize_uv", "sample_texture", "triangulate", "vertex_normals"]
+__all__ = [
+    "catmull_clark",
+    "close_rim",
+    "free_box",
+    "open_rims",
+    "rasterize_uv",
+    "sample_texture",
+    "triangulate",
+    "vertex_normals",
+]
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -101,6 +112,87 @@ def catmull_clark(quads: Ints, n_vertices: int, *, smooth: bool = True) -> tuple
     centre = np.arange(n_quads) + n_vertices + n_edges
     corners = [np.stack([quads[:, k], side[:, k], centre, side[:, k - 1]], axis=1) for k in range(4)]
     return refine, np.stack(corners, axis=1).reshape(-1, 4)
+
+
+def open_rims(faces: Ints) -> list[Ints]:
+    """The closed curves on which a triangle mesh ends: sides that one triangle has and no other.
+
+    Args:
+        faces: (F, 3) vertex ids, turned alike.
+
+    Returns:
+        For each rim its vertex ids, once each, in the direction in which the triangles run along it; ordered by
+        their smallest id. A rim that touches itself is none, because what closes it would be a matter of choice.
+    """
+    sides = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    _, place, count = np.unique(np.sort(sides, axis=1), axis=0, return_inverse=True, return_counts=True)
+    border = sides[count[place.ravel()] == 1].tolist()
+    following = dict(border)
+    touching = {a for a, n in Counter(a for a, _ in border).items() if n > 1}
+    rims, seen = [], set[int]()
+    for start in sorted(following):
+        rim: list[int] = []
+        at = start
+        while at not in seen and at in following:
+            seen.add(at)
+            rim.append(at)
+            at = following[at]
+        if rim and at == start and touching.isdisjoint(rim):
+            rims.append(np.array(rim))
+    return rims
+
+
+def close_rim(rim: Ints, points: Floats) -> Ints:
+    """Triangles that close an open rim as a zip does: they run across it, from the one end in x to the other.
+
+    Args:
+        rim: (n,) vertex ids as `open_rims` gives them.
+        points: (V, 3) vertices; the rim's two ends are where it has the least and the greatest x.
+
+    Returns:
+        (n - 2, 3) faces on the rim's own vertices, turned as the mesh around it is.
+    """
+    x, n = points[rim, 0], len(rim)
+    first, last = int(x.argmin()), int(x.argmax())
+    there = [(first + k) % n for k in range((last - first) % n + 1)]
+    back = [(first - k) % n for k in range((first - last) % n + 1)]  # the other way round, to the same end
+    faces, i, j = [], 0, 0
+    while i + 1 < len(there) or j + 1 < len(back):
+        # The side goes on whose next vertex comes first; the two meet at the end, which needs no triangle.
+        onward = j + 1 == len(back) or (i + 1 < len(there) and x[there[i + 1]] <= x[back[j + 1]])
+        corners = (there[i], back[j], there[i + 1]) if onward else (there[i], back[j], back[j + 1])
+        if len({*corners}) == 3:
+            faces.append(corners)
+        i, j = (i + 1, j) if onward else (i, j + 1)
+    return rim[np.array(faces)]
+
+
+def free_box(uv: Floats, uv_faces: Ints, *, width: float, aspect: float = 2.0, grid: int = 256) -> Floats:
+    """Where a UV map has nothing yet: the largest box up to `width`, `aspect` times as wide as high.
+
+    Args:
+        uv: (U, 2) coordinates of the layout.
+        uv_faces: (F, 3) indices into them.
+        width: of the map, at most.
+        aspect: width over height.
+        grid: pixels to a side that are looked at; one of them is left free around the box.
+
+    Returns:
+        (u0, v0, u1, v1). Of several places of that size the highest, then the leftmost.
+
+    Raises:
+        ValueError: no free box is even a sixteenth as wide as asked for.
+    """
+    taken = np.zeros((grid + 1, grid + 1), np.int64)
+    taken[1:, 1:] = (rasterize_uv(uv, uv_faces, grid)[0] >= 0).cumsum(0).cumsum(1)
+    for across in range(round(width * grid), round(width * grid / 16) - 1, -1):
+        wide, high = across + 2, round(across / aspect) + 2  # with the pixel around
+        inside = taken[high:, wide:] - taken[:-high, wide:] - taken[high:, :-wide] + taken[:-high, :-wide]
+        rows, columns = np.nonzero(inside == 0)
+        if len(rows):
+            left, top = columns[0] + 1, rows[0] + 1
+            return np.array([left, grid - top - (high - 2), left + across, grid - top]) / grid
+    raise ValueError("the UV map has no free place")
 
 
 def rasterize_uv(uv: Floats, uv_faces: Ints, resolution: int) -> tuple[Ints, Floats]:
