@@ -13,13 +13,14 @@ from egg_head import EggHead, cameras_around, painted_egg, pictures_of
 from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatarConfig
 from avatars.gaussians import quaternion_to_matrix
+from avatars.head.uv import surface_frames
 from avatars.method import render
 from cluster.fit import configuration, fits_name, network_identity
 from eval.metrics import psnr
 from train.fits import RECIPES, FitSource
 from train.fits.fit import CHECKPOINT, fit_key, forget_checkpoint, run_fit
 from train.fits.flashavatar import FlashAvatarFitConfig
-from train.fits.look import neighbour_distance, sample_colors, spread_colors, surface_frames
+from train.fits.look import neighbour_distance, sample_colors, spread_colors
 from train.fits.mouth import mouth_masks
 
 EXPRESSIONS = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.5, 0.0]])

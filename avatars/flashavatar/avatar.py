@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from avatars.errors import UserError
 from avatars.flashavatar.config import FlashAvatarConfig
 from avatars.flashavatar.network import OffsetNetwork, encode_position
-from avatars.flashavatar.uv import sample_uv
 from avatars.gaussians import Gaussians, quaternion_multiply
+from avatars.head.uv import sample_uv
 
 __all__ = ["FlashAvatar", "HeadMesh"]
 

@@ -13,9 +13,10 @@ from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
 from avatars.flashavatar.avatar import HeadMesh
 from avatars.gaussians import Gaussians, rgb_to_sh
+from avatars.head.uv import surface_frames
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
-from train.fits.look import neighbour_distance, sample_colors, spread_colors, surface_frames
+from train.fits.look import neighbour_distance, sample_colors, spread_colors
 from train.fits.mouth import OUTER_LIPS, mouth_masks
 from train.fits.perceptual import load_lpips
 from train.fits.pictures import FitPictures

@@ -14,9 +14,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from avatars.cameras import Cameras
-from avatars.gaussians import matrix_to_quaternion
 
-__all__ = ["neighbour_distance", "sample_colors", "spread_colors", "surface_frames"]
+__all__ = ["neighbour_distance", "sample_colors", "spread_colors"]
 
 MIN_COSINE = 0.2
 """A surface seen at a more grazing angle gives no colour: its pixels mix with what is beside it."""
@@ -28,32 +27,6 @@ def neighbour_distance(points: Tensor) -> Tensor:
     distance, _ = cKDTree(cloud).query(cloud, k=min(4, len(cloud)))
     mean_square = np.square(distance[:, 1:]).mean(1)
     return torch.from_numpy(np.sqrt(np.maximum(mean_square, 1e-7))).to(points)
-
-
-def surface_frames(corners: Tensor, uv: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ellipses that cover a surface as the pixels of its UV map do, however the map stretches them.
-
-    Args:
-        corners: (N, 3, 3) posed corners of the triangle under each sample.
-        uv: (N, 3, 2) their texture coordinates.
-        resolution: pixels along each side of the map.
-
-    Returns:
-        (N, 4) rotations wxyz that take x and y into the surface and z to its outward normal, (N, 2) half axes of one
-        pixel's ellipse in metres, and (N, 3) the normals.
-    """
-    edges = (corners[:, 1:] - corners[:, :1]).transpose(1, 2)  # (N, 3, 2)
-    uv_edges = (uv[:, 1:] - uv[:, :1]).transpose(1, 2)  # (N, 2, 2)
-    pixel = (
-        edges @ torch.linalg.pinv(uv_edges) / resolution
-    )  # (N, 3, 2): the surface moves so far in one pixel
-    normals = nn.functional.normalize(torch.linalg.cross(edges[..., 0], edges[..., 1]), dim=-1)
-    axes, lengths, _ = torch.linalg.svd(pixel, full_matrices=False)  # (N, 3, 2), (N, 2)
-    # A triangle that the map folds to nothing would get an ellipse of any length.
-    lengths = lengths.clamp(max=4 * float(lengths.median()))
-    first = axes[..., 0]
-    second = torch.linalg.cross(normals, first)
-    return matrix_to_quaternion(torch.stack([first, second, normals], -1)), lengths, normals
 
 
 def sample_colors(
