@@ -12,8 +12,8 @@ from egg_head import EggHead, painted_egg
 from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
 from avatars.flashavatar.network import OffsetNetwork, encode_position
-from avatars.head.uv import sample_uv
 from avatars.gaussians import quaternion_to_matrix
+from avatars.head.uv import sample_uv
 from avatars.method import load_avatar
 
 SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
