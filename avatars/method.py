@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from avatars.inputs import InputSet
 from avatars.rasterize import Rendering, rasterize
 
 __all__ = ["Avatar", "Method", "load_avatar", "load_method", "render"]
+
+METHODS = {"avat3r": "avatars.avat3r:Avat3rMethod"}
+"""Where the class of each trained network is: `load(folder, dtype)` reads what a training exported."""
+AVATARS = {"avat3r": "avatars.avat3r:Avat3rAvatar", "flashavatar": "avatars.flashavatar:FlashAvatar"}
+"""Where the class of each avatar is: `load(folder)` reads what `save` wrote."""
 
 
 @runtime_checkable
@@ -116,12 +122,9 @@ def load_method(folder: str | Path, dtype: torch.dtype = torch.float32) -> Metho
         raise UserError(
             f"{folder} holds no model.json. Train a model with `make train`, or name its export folder."
         )
-    method = json.loads(description.read_text()).get("method")
-    if method == "avat3r":
-        from avatars.avat3r import Avat3rMethod
-
-        return Avat3rMethod.load(folder, dtype)
-    raise UserError(f"{description} names the method {method!r}; this version reads avat3r.")
+    kind: type[Any] = _kind(METHODS, description)
+    method: Method = kind.load(folder, dtype)
+    return method
 
 
 def load_avatar(folder: str | Path) -> Avatar:
@@ -136,13 +139,18 @@ def load_avatar(folder: str | Path) -> Avatar:
         raise UserError(
             f"{folder} holds no avatar.json. Make an avatar with `headsplat fit` or `headsplat create`."
         )
-    method = json.loads(description.read_text())["method"]
-    if method == "avat3r":
-        from avatars.avat3r import Avat3rAvatar
+    kind: type[Any] = _kind(AVATARS, description)
+    avatar: Avatar = kind.load(folder)
+    return avatar
 
-        return Avat3rAvatar.load(folder)
-    if method == "flashavatar":
-        from avatars.flashavatar import FlashAvatar
 
-        return FlashAvatar.load(folder)
-    raise UserError(f"{description} names the method {method!r}; this version reads avat3r and flashavatar.")
+def _kind(known: dict[str, str], description: Path) -> type[Any]:
+    """The class that reads what `description` describes."""
+    method = json.loads(description.read_text()).get("method")
+    if method not in known:
+        raise UserError(
+            f"{description} names the method {method!r}; this version reads {' and '.join(known)}."
+        )
+    module, _, name = known[method].partition(":")
+    kind: type[Any] = getattr(importlib.import_module(module), name)
+    return kind

@@ -23,6 +23,8 @@ def parse(options: type[Options], words: list[str], command: str, default: Optio
     """
     import tyro
 
+    # A recipe's model is one of several kinds; which one is the recipe's and no choice of the command line.
+    config = (tyro.conf.AvoidSubcommands,)
     if default is None:
-        return tyro.cli(options, args=words, prog=f"headsplat {command}")
-    return tyro.cli(options, args=words, prog=f"headsplat {command}", default=default)
+        return tyro.cli(options, args=words, prog=f"headsplat {command}", config=config)
+    return tyro.cli(options, args=words, prog=f"headsplat {command}", default=default, config=config)

@@ -102,6 +102,8 @@ class Need:
         loss_saved: bytes that the picture loss keeps, all views.
         loss_peak: the most bytes at any moment of it.
         rendered: bytes of Gaussians and rendered pictures.
+        inputs: pictures that identify a person, read with every example.
+        prior_bytes: bytes of the priors that come with them.
     """
 
     parameters: int
@@ -112,6 +114,8 @@ class Need:
     loss_saved: float
     loss_peak: float
     rendered: float
+    inputs: int
+    prior_bytes: float
 
     @property
     def activations(self) -> float:
@@ -141,7 +145,7 @@ def measure_need(config: TrainConfig) -> Need:
     weights = 4 * parameters
     narrow = 0.5 if config.precision == "bf16" else 1.0
 
-    size, views = config.model.size, config.data.views
+    size, views = task.size, config.data.views
     prediction, target = torch.rand(1, 3, size, size).requires_grad_(), torch.rand(1, 3, size, size)
     with LiveBytes() as loss, FlopCounterMode(display=False) as counter:
         value, _ = picture_loss(prediction, target, config.loss)
@@ -149,7 +153,6 @@ def measure_need(config: TrainConfig) -> Need:
         value.backward()
     del value
     loss_flops = views * counter.get_total_flops()
-    gaussians = INPUT_PICTURES * size * size
     return Need(
         parameters=parameters,
         flops=step_flops(task) + loss_flops,
@@ -158,7 +161,9 @@ def measure_need(config: TrainConfig) -> Need:
         network_peak=narrow * max(network.peak - 2 * weights, saved - weights),
         loss_saved=float(views * loss_saved),
         loss_peak=float(views * loss.peak),
-        rendered=gaussians * GAUSSIAN_BYTES + 4.0 * views * RENDERED_PLANES * size * size,
+        inputs=INPUT_PICTURES if task.reads_inputs else 0,
+        prior_bytes=2.0 * INPUT_PICTURES * task.prior_values if task.reads_inputs else 0.0,
+        rendered=task.most_gaussians * GAUSSIAN_BYTES + 4.0 * views * RENDERED_PLANES * size * size,
     )
 
 
@@ -225,8 +230,10 @@ class Data:
 
 def data_of(config: TrainConfig, shards: Path | None) -> Data:
     """From the manifest where shards are given, otherwise at the paper's amount of data."""
-    size = config.model.size
-    prior_planes = 4 * size * size + config.model.feature_dim * config.model.grid**2
+    from train.tasks import task_for
+
+    task = task_for(config)
+    size, prior_planes = task.size, task.prior_values
     if shards is not None:
         from shards import Manifest
 
@@ -331,11 +338,8 @@ def make_plan(
     }
     there = device.memory * (1 - RESERVE)
     rate = examples * ranks / (compute + send)
-    pictures = rate * (config.data.views + INPUT_PICTURES)
-    prior_bytes = (
-        2.0 * INPUT_PICTURES * (4 * config.model.size**2 + config.model.feature_dim * config.model.grid**2)
-    )
-    read = pictures * data.picture_bytes + rate * prior_bytes
+    pictures = rate * (config.data.views + need.inputs)
+    read = pictures * data.picture_bytes + rate * need.prior_bytes
     days = config.steps * (compute + send) / DAY
     total = total_bytes(states, activations)
     if device.memory and total > there:

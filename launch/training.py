@@ -73,10 +73,11 @@ def train_rank(options: TrainOptions) -> int:
     """This process as one rank of a training."""
     import torch
 
+    from shards import Manifest
     from train.endings import Preempted
     from train.loop import train as run_loop
     from train.start import single_process_environment
-    from train.tasks import task_for
+    from train.tasks import settled, task_for
     from train.telemetry import RunLog
 
     single_process_environment()
@@ -89,6 +90,7 @@ def train_rank(options: TrainOptions) -> int:
     log = RunLog(options.run, rank)
     try:
         with tracked(options, rank) as log.tracker:
+            config = settled(config, Manifest.load(options.data))
             run_loop(task_for(config), config, options.data, options.run, log)
     except Preempted as stop:
         log.event(PREEMPTION)
@@ -153,12 +155,17 @@ def launch(words: list[str]) -> int:
 
     options = parse(LaunchOptions, words, "launch")
     from train.endings import Preempted
+    from train.tasks import task_for
 
     try:
         shards, run = run_training(options)
     except Preempted as stop:
         print(f"headsplat: {stop}", flush=True)
         return PREEMPTED
+    task = task_for(find_recipe(options.recipe))
+    if not task.makes_avatars:
+        print(f"Trained: {run / 'export'}    {task.next_step}")
+        return 0
     workspace = Workspace(options.out)
     rows = evaluate_training(run, shards, workspace)
     show_table(rows, workspace)
@@ -178,7 +185,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     from eval.tracking import mark_ended
     from launch.multihost import checkpoint_bytes, train_on_hosts
     from shards import Manifest
-    from train.tasks import task_for
+    from train.tasks import settled, task_for
 
     config = find_recipe(options.recipe)
     check_hosts(options.nodes, options.hostfile)
@@ -190,10 +197,11 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     overrides = shlex.split(options.args)
     given = TrainOptions(config=config, data=Path(), run=Path())
     config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
-    shards = shards_for(options.data, workspace, config.model.size, options.demo)
-    task = task_for(config)
+    shards = shards_for(options.data, workspace, task_for(config).size, options.demo)
+    manifest = Manifest.load(shards)
+    task = task_for(settled(config, manifest))
     task.check_weights()
-    task.check(Manifest.load(shards))
+    task.check(manifest)
     words = rank_words(options, shards, run, workspace, overrides)
     with stopping_gently(run):
         if options.hostfile is not None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class BatchLoader:
     | input_positions, input_confidence | (B, N, 3, H, W) metres, (B, N, 1, H, W); absent without a prior |
     | input_features | (B, N, D, h, w) a vector a patch; absent without a feature prior |
     | expression | (B, E) code of the target timestep |
+    | identity | (B, I) code of the person's head; absent without a tracked head |
     | target_images, target_masks | (B, v, 3, H, W), (B, v, 1, H, W) |
     | target_K, target_world_to_camera | (B, v, 3, 3), (B, v, 4, 4) in the head frame |
     | ids | B names: subject/timestep/input set/views@place in the plan |
@@ -73,6 +75,7 @@ class BatchLoader:
         prefetch: batches that are worked on ahead of the one asked for.
         cache: keeps copies of remote shards; without one they are streamed.
         tolerate: shards that cannot be read and are put aside before one more ends the run.
+        inputs: whether the pictures, cameras and priors of the input sets are read; absent otherwise.
         raw: pictures and masks as they are decoded, uint8 in [0, 255], and priors as they are stored,
             float16, or int8 with `input_features_scale` (B, N, D, 1, 1) float16: a fifth of the memory.
             `to_float` makes of them what comes without `raw`.
@@ -102,6 +105,7 @@ class BatchLoader:
         raw: bool = False,
         cache: ShardCache | None = None,
         tolerate: int = 0,
+        inputs: bool = True,
     ) -> None:
         self.manifest = Manifest.load(folder)
         shards = self.manifest.split(split)
@@ -113,7 +117,8 @@ class BatchLoader:
         self._tolerate, self._quarantine = tolerate, threading.Lock()
         self._shards = _OpenShards(self.manifest, shards, cache)
         self._buffers = _Buffers()
-        self._prefetch, self._raw = prefetch, raw
+        self._prefetch, self._raw, self._inputs = prefetch, raw, inputs
+        self._identity: int | None = None  # numbers of the head's code, once a shard has been looked into
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headsplat-loader")
         self._ahead: deque[_Pending] = deque()
         self._asked = start
@@ -153,21 +158,26 @@ class BatchLoader:
         pixels, prior = (np.uint8, np.float16) if self._raw else (np.float32, np.float32)
         picture = (size, size, 3) if self._raw else (3, size, size)
         layout: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-            "input_images": (pixels, (n, *picture)),
-            "input_masks": (pixels, (n, 1, size, size)),
-            "input_K": (np.float32, (n, 3, 3)),
-            "input_world_to_camera": (np.float32, (n, 4, 4)),
             "expression": (np.float32, (self.manifest.expression_length,)),
             "target_images": (pixels, (v, *picture)),
             "target_masks": (pixels, (v, 1, size, size)),
             "target_K": (np.float32, (v, 3, 3)),
             "target_world_to_camera": (np.float32, (v, 4, 4)),
         }
+        if self._identity is None:
+            self._identity = self._identity_length() if self.manifest.head is not None else 0
+        if self._identity:
+            layout["identity"] = (np.float32, (self._identity,))
         priors = self.manifest.priors
-        if priors.position != "none":
+        if self._inputs:
+            layout["input_images"] = (pixels, (n, *picture))
+            layout["input_masks"] = (pixels, (n, 1, size, size))
+            layout["input_K"] = (np.float32, (n, 3, 3))
+            layout["input_world_to_camera"] = (np.float32, (n, 4, 4))
+        if self._inputs and priors.position != "none":
             layout["input_positions"] = (prior, (n, 3, size, size))
             layout["input_confidence"] = (prior, (n, 1, size, size))
-        if priors.features != "none":
+        if self._inputs and priors.features != "none":
             quantised = self._raw and priors.storage == "int8"
             channels = (n, priors.feature_dim)
             layout["input_features"] = (np.int8 if quantised else prior, (*channels, *priors.feature_grid))
@@ -181,6 +191,16 @@ class BatchLoader:
             for i, example in enumerate(examples)
         ]
         return _Pending(arrays, futures)
+
+    def _identity_length(self) -> int:
+        """Numbers of the head's code, from the first shard that can be read; 0 where no shard has one."""
+        for shard in self.plan.shards:
+            try:
+                with closing(open_reader(self.manifest, shard, self._shards.cache)) as reader:
+                    return len(read_description(reader, "inputs-000")["identity"] or ())
+            except UserError:
+                continue  # told, and put aside, when an example asks for it
+        return 0
 
     def _fill(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
         """Reads one example, or the one that takes its place, into its rows of the batch; returns its
@@ -216,10 +236,14 @@ class BatchLoader:
         """Reads one example into its rows of the batch; returns its name."""
         with self._shards.reader(example) as reader:
             inputs, target = f"inputs-{example.input_set:03d}", f"target-{example.target:05d}"
-            described = read_description(reader, inputs)
+            if self._inputs or "identity" in out:
+                described = read_description(reader, inputs)
+            if "identity" in out:
+                _fill_identity(reader, described["identity"], out["identity"])
             names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
-            self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"])
-            _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
+            if self._inputs:
+                self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"])
+                _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
             if "input_positions" in out:
                 fill_positions(reader, inputs, names, out["input_positions"], out["input_confidence"])
             if "input_features" in out:
@@ -253,6 +277,8 @@ def to_float(batch: dict[str, Any]) -> dict[str, Any]:
     """Makes of a raw batch, on whatever device it is, what comes without `raw`."""
     made = dict(batch)
     for kind in ("input", "target"):
+        if f"{kind}_images" not in batch:
+            continue
         images, masks = batch[f"{kind}_images"], batch[f"{kind}_masks"]
         made[f"{kind}_images"] = (images * (masks > 0)).float().mul_(1 / 255).contiguous()
         made[f"{kind}_masks"] = masks.float().mul_(1 / 255)
@@ -262,6 +288,15 @@ def to_float(batch: dict[str, Any]) -> dict[str, Any]:
     if (scale := made.pop("input_features_scale", None)) is not None:
         made["input_features"].mul_(scale.float())
     return made
+
+
+def _fill_identity(reader: Reader, identity: list[float] | None, out: NDArray[np.float32]) -> None:
+    if identity is None or len(identity) != len(out):
+        raise UserError(
+            f"{reader.path}: its person has a head code of {len(identity or ())} numbers and others have {len(out)}. "
+            "Pack captures that one head tracked."
+        )
+    out[:] = identity
 
 
 def _fill_cameras(
@@ -287,7 +322,7 @@ class _Pending:
             self.cancel()
             raise
         batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        for name in ("input_images", "target_images"):
+        for name in {"input_images", "target_images"} & set(batch):
             if batch[name].shape[-1] == 3 and batch[name].dtype == torch.uint8:  # decoders write (H, W, 3)
                 batch[name] = batch[name].permute(0, 1, 4, 2, 3)
         return {**batch, "ids": ids}
@@ -322,7 +357,7 @@ class _OpenShards:
     """
 
     def __init__(self, manifest: Manifest, shards: list[ShardInfo], cache: ShardCache | None) -> None:
-        self._manifest, self._shards, self._cache = manifest, shards, cache
+        self._manifest, self._shards, self.cache = manifest, shards, cache
         self._streams = isinstance(manifest.folder, str) and cache is None
         self._lock = threading.Lock()
         self._open: OrderedDict[tuple[int, int], _Shared] = OrderedDict()
@@ -342,7 +377,7 @@ class _OpenShards:
             return shared
 
     def open(self, shard: ShardInfo) -> Reader:
-        return open_reader(self._manifest, shard, self._cache)
+        return open_reader(self._manifest, shard, self.cache)
 
     def release(self, shared: _Shared) -> None:
         with self._lock:

@@ -69,6 +69,8 @@ NEED = Need(
     loss_saved=0.0,
     loss_peak=0.25 * GIB,
     rendered=0.5 * GIB,
+    inputs=4,
+    prior_bytes=8.0 * (4 * 512**2 + 1920 * 32**2),
 )
 
 

@@ -30,6 +30,7 @@ def test_batches_have_the_promised_shapes(shards):
         batch = next(loader)
     shapes = {name: tuple(value.shape) for name, value in batch.items() if name != "ids"}
     assert shapes == {
+        "identity": (2, 10),
         "input_images": (2, 4, 3, 32, 32),
         "input_masks": (2, 4, 1, 32, 32),
         "input_K": (2, 4, 3, 3),
@@ -45,6 +46,20 @@ def test_batches_have_the_promised_shapes(shards):
     assert all(value.dtype == torch.float32 for name, value in batch.items() if name != "ids")
     assert len(batch["ids"]) == 2
     assert 0 <= batch["target_images"].min() <= batch["target_images"].max() <= 1
+
+
+def test_input_sets_are_left_out_when_nobody_needs_them_and_nothing_else_changes(shards):
+    options: dict = {"seed": 0, "micro_batch": 2, "views": 3}
+    with (
+        BatchLoader(shards, "train", **options) as whole,
+        BatchLoader(shards, "train", inputs=False, **options) as some,
+    ):
+        batch, without = next(whole), next(some)
+    assert {name for name in batch if not name.startswith("input_")} == set(without)
+    assert batch["ids"] == without["ids"]
+    assert torch.equal(batch["target_images"], without["target_images"])
+    subject = open_shards(shards, "train").read(batch["ids"][0].split("/")[0])
+    assert torch.equal(without["identity"][0], subject.input_sets[0].identity)
 
 
 def test_a_batch_is_what_the_plan_says(shards):

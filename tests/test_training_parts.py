@@ -80,6 +80,8 @@ def test_a_recipe_survives_its_json(name):
     assert config_from_json(config.to_json()) == config
     with pytest.raises(UserError, match=r"unknown fields model\.warp"):
         config_from_json(config.to_json() | {"model": config.to_json()["model"] | {"warp": 1}})
+    with pytest.raises(UserError, match="of the method 'nerf'; this version trains avat3r"):
+        config_from_json(config.to_json() | {"method": "nerf"})
 
 
 @pytest.mark.parametrize(

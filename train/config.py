@@ -11,10 +11,12 @@ from avatars.avat3r.config import Avat3rConfig
 from avatars.errors import UserError
 
 __all__ = [
+    "MODELS",
     "CheckpointConfig",
     "DataConfig",
     "GuardConfig",
     "LossConfig",
+    "ModelConfig",
     "OptimizerConfig",
     "Precision",
     "TrainConfig",
@@ -24,6 +26,11 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
+
+ModelConfig = Avat3rConfig
+"""What a recipe may train: a frozen dataclass whose class attribute `method` names its entry in `MODELS`."""
+MODELS: dict[str, type[ModelConfig]] = {kind.method: kind for kind in (Avat3rConfig,)}
+"""The configurations by method, which tells them apart in JSON."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,13 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A complete training configuration. Recipes in `launch/recipes.py` return one."""
+    """A complete training configuration. Recipes in `launch/recipes/` return one."""
 
     recipe: str
     """Name of the recipe that this configuration started from."""
     steps: int
     """Optimiser steps."""
-    model: Avat3rConfig = field(default_factory=Avat3rConfig)
+    model: ModelConfig = field(default_factory=Avat3rConfig)
     """The network."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The loss."""
@@ -217,11 +224,12 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary, for meta.json and MLflow."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps({"method": self.model.method, **asdict(self)}))
 
     def same_model_as(self, other: dict[str, Any]) -> bool:
         """Whether a checkpoint with the configuration `other` fits this one's network."""
-        return self.to_json()["model"] == other.get("model")
+        own = self.to_json()
+        return all(own[name] == other.get(name) for name in ("method", "model"))
 
 
 def accumulation(config: TrainConfig, world_size: int, inherited: int = 0) -> int:

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from avatars.method import Method
 from shards import Manifest
 
-__all__ = ["Batch", "Task"]
+__all__ = ["Batch", "Task", "of_kind"]
 
 Batch = dict[str, Any]
+Kind = TypeVar("Kind")
+
+
+def of_kind(config: object, kind: type[Kind]) -> Kind:
+    """The recipe's model configuration as the task's own kind.
+
+    Raises:
+        TypeError: it is another method's.
+    """
+    if not isinstance(config, kind):
+        raise TypeError(f"this task trains a {kind.__name__}, not a {type(config).__name__}")
+    return config
 
 
 class Task(Protocol):
-    """A model, its loss and how it is written out."""
+    """A model, its loss and how it is written out.
+
+    Attributes:
+        name: for example "avat3r".
+        size: side in pixels of the pictures that it is trained on.
+        reads_inputs: whether its batches need the pictures of input sets; they are not read otherwise.
+        prior_values: numbers of priors that come with each of those pictures.
+        most_gaussians: how many Gaussians an example renders at most.
+        makes_avatars: whether what it trains makes avatars by itself and can be evaluated. A prior that only a fit
+            uses does not.
+        next_step: what a user does with what it trained; only for a task that makes no avatars.
+    """
 
     name: str
+    size: int
+    reads_inputs: bool
+    prior_values: int
+    most_gaussians: int
+    makes_avatars: bool
+    next_step: str
 
     def check(self, manifest: Manifest) -> None:
         """Refuses shards that the network cannot be trained on.
@@ -43,6 +73,10 @@ class Task(Protocol):
         """
         ...
 
+    def parameter_groups(self, module: nn.Module) -> list[tuple[float, list[Parameter]]]:
+        """What is trained, with the share of the recipe's learning rate that each part takes."""
+        ...
+
     def dry_pass(self, *, recompute: bool) -> Tensor:
         """Runs the network alone (no rasterizer, no loss) on one made-up example on the meta device.
 
@@ -55,7 +89,7 @@ class Task(Protocol):
         ...
 
     def method(self, state: dict[str, Tensor], expression_kind: str, device: str) -> Method:
-        """The method with these weights, ready to make avatars on `device`.
+        """The method with these weights, ready to make avatars on `device`; only asked where `makes_avatars`.
 
         Args:
             state: the whole module's float32 weights by name.

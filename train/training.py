@@ -76,7 +76,7 @@ class Training:
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
 
     def save(self, done: int, validated: dict[str, float]) -> None:
         """Starts a checkpoint after `done` steps."""
@@ -144,7 +144,9 @@ def prepared(
         task.export(module, run / "initial", provenance | {"step": 0})
     gate = GradientGate(module) if config.guard.nonfinite == "skip" else None
     engine = deepspeed_engine(
-        module, deepspeed_json(config, world_size, accumulate, universal=bool(resumed and resumed.universal))
+        module,
+        task.parameter_groups(module),
+        deepspeed_json(config, world_size, accumulate, universal=bool(resumed and resumed.universal)),
     )
     ema = Ema(engine, config.ema) if config.ema else None
     if resumed and meta:
@@ -171,6 +173,7 @@ def prepared(
             threads=config.data.threads,
             cache=shard_cache(config, data),
             tolerate=config.data.tolerate,
+            inputs=task.reads_inputs,
         ) as loader,
         Profiler(config.profile, run, rank) as profiler,
     ):
@@ -215,13 +218,16 @@ def describe(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def deepspeed_engine(module: nn.Module, values: dict[str, Any]) -> Any:
-    """DeepSpeed around the network."""
+def deepspeed_engine(
+    module: nn.Module, groups: list[tuple[float, list[nn.Parameter]]], values: dict[str, Any]
+) -> Any:
+    """DeepSpeed around the network; each group of the optimiser keeps its share of the learning rate."""
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=values
-    )
+    trained = [
+        {"share": share, "params": [p for p in parameters if p.requires_grad]} for share, parameters in groups
+    ]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=values)
     if values["zero_optimization"]["stage"] == 3:
         # ZeRO 3 fetches a module's own parameters again for the backward pass only where the module returns tensors;
         # the whole network does, whatever a part of it returns.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed as dist
 
+from avatars.errors import UserError
 from eval.metrics import LPIPS, PSNR, SSIM
 from eval.protocol import Protocol, synthetic_heldout
 from shards import ShardSet, open_shards
@@ -33,6 +34,11 @@ class Validation:
         self.recipe, self.steps = config.recipe, config.steps
         self.heldout: ShardSet | None = None
         self.protocol: Protocol | None = None
+        if self.config.every and not task.makes_avatars:
+            raise UserError(
+                f"The task {task.name} makes no avatars before a fit, so there is nothing to evaluate; take "
+                "--validation.every 0."
+            )
         if self.config.every:
             self.heldout = open_shards(data, "heldout")
             self.protocol = synthetic_heldout(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from avatars.errors import UserError
 
@@ -18,6 +18,8 @@ class Avat3rConfig:
 
     Source: Avat3r (arXiv 2502.20220) sections 3.2 and 4.1; GRM (arXiv 2403.14621) for what Avat3r takes from it.
     """
+
+    method: ClassVar[str] = "avat3r"
 
     size: int = 512
     """Side of the square input pictures in pixels."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from avatars.errors import UserError
-from train.config import TrainConfig
+from shards import Manifest
+from train.config import MODELS, TrainConfig
 from train.task import Task
 
-__all__ = ["config_from_json", "task_for"]
+__all__ = ["config_from_json", "settled", "task_for"]
 
 
 def task_for(config: TrainConfig) -> Task:
@@ -19,17 +20,31 @@ def task_for(config: TrainConfig) -> Task:
     return Avat3rTask(config)
 
 
+def settled(config: TrainConfig, manifest: Manifest) -> TrainConfig:
+    """The configuration with what only the shards know: how many people a table of learned codes has rows for."""
+    model: Any = config.model
+    if getattr(model, "people", None) != 0:
+        return config
+    return replace(config, model=replace(model, people=len(manifest.subjects("train"))))
+
+
 def config_from_json(values: dict[str, Any]) -> TrainConfig:
     """The configuration that `TrainConfig.to_json` wrote.
 
     Raises:
-        UserError: a field that this version does not know.
+        UserError: a method or a field that this version does not know.
     """
-    return _from_json(TrainConfig, values, "")
+    values = dict(values)
+    method = values.pop("method", None)
+    if method not in MODELS:
+        raise UserError(
+            f"The checkpoint's recipe is of the method {method!r}; this version trains {', '.join(MODELS)}."
+        )
+    return _from_json(TrainConfig, values, "", {"model": MODELS[method]})
 
 
-def _from_json(kind: Any, values: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
+def _from_json(kind: Any, values: dict[str, Any], where: str, known: dict[str, type] | None = None) -> Any:
+    hints = get_type_hints(kind) | (known or {})
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise UserError(

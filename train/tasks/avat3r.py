@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from avatars.avat3r import Avat3r, Avat3rConfig, Avat3rMethod, Views
 from avatars.cameras import Cameras
@@ -17,7 +18,7 @@ from shards import Manifest
 from train.config import LossConfig, TrainConfig
 from train.fits.perceptual import load_lpips
 from train.losses import picture_loss
-from train.task import Batch
+from train.task import Batch, of_kind
 
 __all__ = ["Avat3rTask", "views_from_batch"]
 
@@ -89,10 +90,18 @@ class Avat3rTask:
     """The Avat3r task (arXiv 2502.20220 section 4.1)."""
 
     name = "avat3r"
+    reads_inputs = True
+    makes_avatars = True
+    next_step = ""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config.model
+        self.config = of_kind(config.model, Avat3rConfig)
         self.loss = config.loss
+        self.size = self.config.size
+        self.prior_values = 4 * self.size**2 * self.config.position_prior + (
+            self.config.feature_dim * self.config.grid**2
+        )
+        self.most_gaussians = INPUT_VIEWS * self.size**2
 
     def check(self, manifest: Manifest) -> None:
         """Pictures and expression codes must be of the network's size, and priors there if it needs them.
@@ -139,6 +148,10 @@ class Avat3rTask:
     def build(self) -> nn.Module:
         """The network with its loss."""
         return Avat3rWithLoss(self.config, self.loss)
+
+    def parameter_groups(self, module: nn.Module) -> list[tuple[float, list[Parameter]]]:
+        """All of it at one rate."""
+        return [(1.0, list(module.parameters()))]
 
     def method(self, state: dict[str, Tensor], expression_kind: str, device: str) -> Avat3rMethod:
         """The network alone, in float32."""

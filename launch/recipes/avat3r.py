@@ -1,13 +1,10 @@
-"""Recipes: functions that return a complete training configuration; a variant calls another and changes fields."""
+"""Recipes of Avat3r: at the paper's scale, for two processor cores, for tests."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import replace
 
 from avatars.avat3r.config import Avat3rConfig
-from avatars.errors import UserError
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -17,7 +14,7 @@ from train.config import (
     ValidationConfig,
 )
 
-__all__ = ["RECIPES", "find_recipe"]
+__all__ = ["avat3r", "avat3r_cpu", "avat3r_tiny"]
 
 
 def avat3r() -> TrainConfig:
@@ -77,24 +74,3 @@ def avat3r_tiny() -> TrainConfig:
         checkpoint=CheckpointConfig(every=10, keep=2),
         log_every=5,
     )
-
-
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "avat3r": avat3r,
-    "avat3r-cpu": avat3r_cpu,
-    "avat3r-tiny": avat3r_tiny,
-}
-
-
-def find_recipe(name: str) -> TrainConfig:
-    """The recipe of that name.
-
-    Raises:
-        UserError: there is none; the nearest is named.
-    """
-    if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"There is no recipe {name!r}. The nearest is {nearest!r}; there are {', '.join(RECIPES)}."
-        )
-    return RECIPES[name]()
