@@ -32,7 +32,8 @@ class PriorOptions:
     dust3r where its weights are found, and depth where they are not and the shards have it."""
     features: str = "none"
     """Feature network: none, sapiens-0.3b to sapiens-2b, sapiens (any size, with --feature-weights), dinov2-small to
-    dinov2-giant (also -registers), sapiens2-0.1b to sapiens2-5b."""
+    dinov2-giant (also -registers), sapiens2-0.1b to sapiens2-5b; surface is no network, but places on the tracked head,
+    for synthetic captures."""
     position_weights: Path | None = None
     """Weight file of the position network; looked for in the folder HEADSPLAT_WEIGHTS by default."""
     feature_weights: Path | None = None
@@ -64,6 +65,8 @@ def priors(words: list[str]) -> int:
     from shards import Manifest
 
     manifest = Manifest.load(options.shards)
+    if options.features == "surface":
+        return surface(options, manifest)
     position = _position(options, manifest)
     features = _features(options)
     gpus = float(gpus_here() > 0) if options.gpus is None else options.gpus
@@ -105,6 +108,33 @@ def priors(words: list[str]) -> int:
         print(f"stored positions are off by {1e3 * error.position_rms:.2g} mm (rms)")
     if error.features_rms is not None:
         print(f"stored features are off by {error.features_rms:.3g} (rms)")
+    return 0
+
+
+def surface(options: PriorOptions, manifest: Manifest) -> int:
+    """Shards with the features of `SurfacePrior`, which are computed here and now."""
+    from avatars.head import ParametricHead
+    from avatars.priors import SurfacePrior
+    from shards import PriorMaps, PriorSettings, write_with_priors
+
+    if manifest.priors.position != "depth" or options.position not in ("auto", "depth"):
+        raise UserError(
+            "--features surface needs the shards' own position maps from true depth, and there are "
+            f"{manifest.priors.position}; pack captures that carry depth and leave --position out."
+        )
+    if options.channels or options.feature_weights is not None:
+        raise UserError("--features surface has no weights and no --channels to reduce; leave them out.")
+    if manifest.head != "makehuman":
+        raise UserError(
+            f"--features surface needs captures tracked with the built-in head, and {options.shards} has "
+            f"{manifest.head or 'no tracked head'}."
+        )
+    prior = SurfacePrior(ParametricHead.load(manifest.head))
+    settings = PriorSettings("depth", prior.name, prior.dim, options.storage)
+    made = write_with_priors(
+        options.shards, options.out, lambda inputs: PriorMaps(features=prior(inputs)), settings, print
+    )
+    print(f"{options.out}: positions {made.priors.position}, features {made.priors.features}")
     return 0
 
 

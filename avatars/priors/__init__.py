@@ -5,6 +5,7 @@ from avatars.priors.dust3r import DUSt3R, Encoded, Pair
 from avatars.priors.features import Features, Sapiens, load_dinov2, load_sapiens2
 from avatars.priors.interfaces import FeaturePrior, PositionPrior
 from avatars.priors.position import DUSt3RPrior, pair_maps
+from avatars.priors.surface import SurfacePrior
 
 __all__ = [
     "Aligned",
@@ -17,6 +18,7 @@ __all__ = [
     "PairMaps",
     "PositionPrior",
     "Sapiens",
+    "SurfacePrior",
     "align",
     "load_dinov2",
     "load_sapiens2",
