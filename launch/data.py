@@ -126,10 +126,14 @@ class PackOptions:
     """How far from straight before the face an input camera may stand."""
     prior: Literal["depth", "none"] = "depth"
     """Position maps from the captures' true depth, or none. Others: headsplat priors."""
+    crop: Literal["head", "full"] = "head"
+    """The largest square around the head, or the whole picture with black beside it where it is not square."""
+    codec: Literal["jpeg", "png", "webp", "webp-lossless"] = "jpeg"
+    """Of the pictures; png and webp-lossless lose nothing and take two to five times as many bytes."""
     quality: int = 95
-    """JPEG quality, 1 to 100."""
+    """Of jpeg and webp, 1 to 100."""
     subsampling: Literal["444", "422", "420"] = "444"
-    """JPEG chroma subsampling."""
+    """Chroma subsampling of jpeg."""
     timesteps_per_shard: int = 256
     """Target timesteps of a shard."""
     seed: int = 0
@@ -217,6 +221,8 @@ def pack_folder(options: PackOptions) -> Manifest:
         k=options.k,
         max_input_degrees=options.max_input_degrees,
         prior=options.prior,
+        crop=options.crop,
+        codec=options.codec,
         quality=options.quality,
         subsampling=options.subsampling,
         timesteps_per_shard=options.timesteps_per_shard,

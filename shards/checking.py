@@ -22,8 +22,9 @@ import numpy as np
 
 from avatars.errors import UserError
 from shards.capture import check_matrices
+from shards.codecs import decode_picture, extension
 from shards.manifest import SPLITS, Manifest, ShardInfo
-from shards.pictures import decode_jpeg, decode_mask
+from shards.pictures import decode_mask
 from shards.stores import location
 
 __all__ = ["Finding", "check"]
@@ -272,16 +273,16 @@ def _check_sample(
     except (KeyError, TypeError, ValueError) as error:
         yield Finding("error", f"{where}.json", f"cannot be read or lacks a field: {error!r}.")
         return
-    needed = {"json"} | {f"{name}.{end}" for name in names for end in ("jpg", "mask.png")}
     priors = _prior_shapes(manifest) if kind == "inputs" else {}
-    needed |= {f"{name}.{end}" for name in names for end in priors}
-    for extension in sorted(needed - set(sample)):
-        yield Finding("error", f"{where}.{extension}", "is missing.")
-    for extension in sorted(set(sample) - needed):
-        yield Finding("warning", f"{where}.{extension}", "belongs to no picture.")
-    whole = [name for name in names if {f"{name}.jpg", f"{name}.mask.png"} <= set(sample)]
+    coded = extension(manifest.settings.codec)
+    needed = {"json"} | {f"{name}.{end}" for name in names for end in (coded, "mask.png", *priors)}
+    for member in sorted(needed - set(sample)):
+        yield Finding("error", f"{where}.{member}", "is missing.")
+    for member in sorted(set(sample) - needed):
+        yield Finding("warning", f"{where}.{member}", "belongs to no picture.")
+    whole = [name for name in names if {f"{name}.{coded}", f"{name}.mask.png"} <= set(sample)]
     if kind == "target" and whole:
-        picture = hashlib.blake2b(sample[f"{whole[0]}.jpg"], digest_size=16).digest()
+        picture = hashlib.blake2b(sample[f"{whole[0]}.{coded}"], digest_size=16).digest()
         other = seen.pictures.setdefault(picture, (split, where))
         if other[0] != split:
             yield Finding("error", where, f"shows the same picture as {other[1]}, across the split.")
@@ -290,9 +291,9 @@ def _check_sample(
     if pool is not None:
         for found in pool.map(lambda name: list(_check_picture(manifest, where, name, sample)), whole):
             yield from found
-        for extension in sorted(needed & set(sample)):
-            if extension[3:] in priors:
-                yield from _check_prior(f"{where}.{extension}", sample[extension], *priors[extension[3:]])
+        for member in sorted(needed & set(sample)):
+            if member[3:] in priors:
+                yield from _check_prior(f"{where}.{member}", sample[member], *priors[member[3:]])
 
 
 def _check_codes(manifest: Manifest, where: str, codes: list[Any]) -> Iterator[Finding]:
@@ -324,7 +325,8 @@ def _check_picture(manifest: Manifest, where: str, name: str, sample: dict[str, 
     image = np.empty((manifest.size, manifest.size, 3), np.uint8)
     mask = np.empty((manifest.size, manifest.size), np.uint8)
     try:
-        decode_jpeg(sample[f"{name}.jpg"], image, f"{where}.{name}.jpg")
+        member = f"{name}.{extension(manifest.settings.codec)}"
+        decode_picture(sample[member], image, f"{where}.{member}", manifest.settings.codec)
         decode_mask(sample[f"{name}.mask.png"], mask, f"{where}.{name}.mask.png")
     except UserError as error:
         yield Finding("error", f"{where}.{name}", str(error))

@@ -1,7 +1,7 @@
 """Training batches out of shards, prefetched by threads in the trainer's own process.
 
 The plan says what is in a batch; threads fetch and decode just the pictures that it uses, straight into the
-batch's arrays. JPEG and PNG decoding release the interpreter lock, so no process and no copy between
+batch's arrays. All decoders release the interpreter lock, so no process and no copy between
 processes is needed.
 """
 
@@ -263,12 +263,12 @@ class BatchLoader:
     ) -> None:
         """Decodes views into their rows of a batch, through a copy unless they stay as they are."""
         if self._raw:
-            decode_views(reader, key, names, images, masks[:, 0])
+            decode_views(reader, key, names, images, masks[:, 0], self.manifest.settings.codec)
             return
         size = self.manifest.size
         pixels = np.empty((len(names), size, size, 3), np.uint8)
         coverage = np.empty((len(names), size, size), np.uint8)
-        decode_views(reader, key, names, pixels, coverage)
+        decode_views(reader, key, names, pixels, coverage, self.manifest.settings.codec)
         float_pictures(pixels, coverage, out=images)
         float_masks(coverage, out=masks)
 

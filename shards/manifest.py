@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from avatars.errors import UserError
+from shards.codecs import CODECS
 from shards.stores import RemoteFolder, location
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "write_json",
 ]
 
-SCHEMA = 2  # 1 had no feature maps and one number for the error of positions; it is still read
+# All that came before are read: 1 had no feature maps and one number for the error of positions, 2 only JPEGs, cut to
+# the head, and input sets of different timesteps.
+SCHEMA = 3
 SPLITS = ("train", "heldout")
 NAME = "manifest.json"
 
@@ -38,11 +41,11 @@ class PackSettings:
 
     Attributes:
         size: side of the square pictures in pixels.
-        crop: "head": the largest square around the projected head.
+        crop: "head": the largest square around the projected head; "full": the smallest around the whole picture.
         background: "black": what the masks exclude was removed.
-        codec: "jpeg".
-        quality: JPEG quality, 1 to 100.
-        subsampling: JPEG chroma subsampling: "444", "422" or "420".
+        codec: of the pictures: "jpeg", "png", "webp" or "webp-lossless".
+        quality: of "jpeg" and "webp", 1 to 100.
+        subsampling: of the chroma of "jpeg": "444", "422" or "420".
         prior: position maps that packing made: "depth" or "none". `Manifest.priors` says what is there now.
         n_inputs: pictures in an input set.
         input_timesteps: the pictures of an input set are of "different" timesteps, or all of the "same".
@@ -283,6 +286,9 @@ class Manifest:
             stored = content["priors"]
             priors = PriorSettings(**{**stored, "feature_grid": tuple(map(int, stored["feature_grid"]))})
             error = PriorError(**content["prior_error"])
+        settings = PackSettings(**content["settings"])
+        if settings.codec not in CODECS:
+            raise ValueError(f"there is no codec {settings.codec!r}")
         return cls(
             folder=folder,
             expression_kind=str(content["expression_kind"]),
@@ -290,7 +296,7 @@ class Manifest:
             expression_mean=tuple(map(float, content["expression_mean"])),
             expression_std=tuple(map(float, content["expression_std"])),
             head=content["head"],
-            settings=PackSettings(**content["settings"]),
+            settings=settings,
             priors=priors,
             prior_error=error,
             train=tuple(content["train"]),

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from avatars.errors import UserError
 from shards.capture import Capture, View
+from shards.codecs import CODECS, encode_picture, extension
 from shards.draws import Draws
 from shards.manifest import Manifest, PackSettings, PriorSettings, ShardInfo, write_json
 from shards.pictures import (
+    CROPS,
     crop_and_resize,
     crop_window,
-    encode_jpeg,
     encode_mask,
     fit_intrinsics,
     resample_depth,
@@ -65,6 +66,8 @@ def pack(
     n_inputs: int = 4,
     seed: int = 0,
     prior: str = "depth",
+    crop: str = "head",
+    codec: str = "jpeg",
     quality: int = 95,
     subsampling: str = "444",
     k: int = 3,
@@ -89,8 +92,11 @@ def pack(
         n_inputs: pictures in an input set.
         seed: of all draws.
         prior: "depth" to store position maps from the captures' true depth, "none" to store no prior.
-        quality: JPEG quality.
-        subsampling: JPEG chroma subsampling, "444", "422" or "420".
+        crop: "head" for the largest square around the projected head, "full" for the whole picture, with black
+            beside it where it is not square.
+        codec: "jpeg", "png", "webp" or "webp-lossless". Masks are PNGs always.
+        quality: of "jpeg" and "webp", 1 to 100; the others lose nothing.
+        subsampling: of the chroma of "jpeg", "444", "422" or "420".
         k: input cameras are drawn among the k farthest from those drawn before.
         max_input_degrees: how far from straight before the face an input camera may stand.
         timesteps_per_shard: target timesteps in one shard.
@@ -111,6 +117,8 @@ def pack(
     captures, out = list(captures), Path(out)
     settings = PackSettings(
         size=size,
+        crop=crop,
+        codec=codec,
         quality=quality,
         subsampling=subsampling,
         prior=prior,
@@ -283,7 +291,7 @@ def _input_set(
     }
     members = {"json": _json(description)}
     for i, picture in sorted(pictures.items()):
-        members[f"{i:02d}.jpg"] = encode_jpeg(picture.image, settings.quality, settings.subsampling)
+        members[f"{i:02d}.{extension(settings.codec)}"] = _encode(picture, settings)
         members[f"{i:02d}.mask.png"] = encode_mask(picture.mask)
         if settings.prior == "depth":
             positions, confidence = _true_prior(picture, capture)
@@ -311,8 +319,7 @@ def _target(
         picture = _picture(capture, t, v, settings, depth=False)
         if picture is None:
             return None
-        jpeg = encode_jpeg(picture.image, settings.quality, settings.subsampling)
-        return picture, jpeg, encode_mask(picture.mask)
+        return picture, _encode(picture, settings), encode_mask(picture.mask)
 
     found = [
         (v, view)
@@ -338,19 +345,23 @@ def _target(
         ],
     }
     members = {"json": _json(description)}
-    for i, (_, (_, jpeg, mask)) in enumerate(found):
-        members[f"{i:03d}.jpg"] = jpeg
+    for i, (_, (_, data, mask)) in enumerate(found):
+        members[f"{i:03d}.{extension(settings.codec)}"] = data
         members[f"{i:03d}.mask.png"] = mask
     return members, len(found)
 
 
+def _encode(picture: _Picture, settings: PackSettings) -> bytes:
+    return encode_picture(picture.image, settings.codec, settings.quality, settings.subsampling)
+
+
 def _picture(capture: Capture, t: int, v: int, settings: PackSettings, depth: bool) -> _Picture | None:
-    """One view, cut to the head and resampled; None for a dropped frame."""
+    """One view, cut and resampled; None for a dropped frame."""
     view: View | None = capture.view(t, v, depth=depth)
     if view is None:
         return None
     K, world_to_camera = (matrices[v] for matrices in capture.camera_matrices(t))
-    window = crop_window(K, world_to_camera, view.mask.shape)
+    window = crop_window(K, world_to_camera, view.mask.shape, settings.crop)
     mask = crop_and_resize(view.mask, window, settings.size)
     image = crop_and_resize(view.image, window, settings.size)
     return _Picture(
@@ -424,6 +435,10 @@ def _check_settings(settings: PackSettings) -> None:
         raise UserError(f"There is no prior {settings.prior!r} to pack; the priors are depth and none.")
     if settings.input_timesteps not in ("different", "same"):
         raise UserError(f"input_timesteps is {settings.input_timesteps!r}; it must be different or same.")
+    if settings.crop not in CROPS:
+        raise UserError(f"There is no crop {settings.crop!r}; the crops are {' and '.join(CROPS)}.")
+    if settings.codec not in CODECS:
+        raise UserError(f"There is no codec {settings.codec!r}; the codecs are {', '.join(CODECS)}.")
     if settings.subsampling not in ("444", "422", "420"):
         raise UserError(f"subsampling is {settings.subsampling!r}; it must be 444, 422 or 420.")
 

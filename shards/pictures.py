@@ -1,4 +1,4 @@
-"""Pictures in and out of bytes, and cut to size: crop windows, resampling, JPEG and mask PNG.
+"""Pictures cut to size: crop windows, resampling, and the PNGs of masks.
 
 Masks are ordinary 8-bit gray PNGs whose rows are stored unfiltered. Any PNG reader opens them; `decode_mask`
 inflates them with zlib alone, which releases the interpreter lock and takes a third of the time.
@@ -10,48 +10,53 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from avatars.errors import UserError
+from shards.codecs import PNG_SIGNATURE
 from shards.tarfiles import Data
 
 __all__ = [
+    "CROPS",
     "crop_and_resize",
     "crop_window",
-    "decode_jpeg",
     "decode_mask",
-    "encode_jpeg",
     "encode_mask",
     "fit_intrinsics",
     "read_picture",
     "resample_depth",
 ]
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+CROPS = ("head", "full")
 
 
-def crop_window(K: NDArray, head_to_camera: NDArray, size: tuple[int, int]) -> tuple[int, int, int]:
-    """The square to cut out of a picture: the largest that fits, centred on the projected head as far as it
-    goes.
+def crop_window(
+    K: NDArray, head_to_camera: NDArray, size: tuple[int, int], crop: str = "head"
+) -> tuple[int, int, int]:
+    """The square that is made of a picture, with the projected head as near to its middle as it goes.
 
     Args:
         K: (3, 3) intrinsics in pixels.
         head_to_camera: (4, 4) camera in the head frame.
         size: height and width of the picture.
+        crop: "head": the largest square inside the picture; "full": the smallest square around all of it.
 
     Returns:
-        left, top and side in whole pixels, inside the picture. A square picture is returned whole.
+        left, top and side in whole pixels. A square picture is returned whole. With "full" the square begins left
+        of a picture that is higher than wide, above one that is wider than high, and ends beyond it.
     """
     height, width = size
-    side = min(height, width)
+    side = max(height, width) if crop == "full" else min(height, width)
     x, y, z = K @ head_to_camera[:3, 3]
     center = (x / z, y / z) if z > 0 else (width / 2, height / 2)
-    left = round(float(np.clip(center[0] - side / 2, 0, width - side)))
-    top = round(float(np.clip(center[1] - side / 2, 0, height - side)))
+    left, top = (
+        round(float(np.clip(middle - side / 2, min(0, length - side), max(0, length - side))))
+        for middle, length in zip(center, (width, height), strict=True)
+    )
     return left, top, side
 
 
@@ -68,12 +73,11 @@ def fit_intrinsics(K: NDArray, window: tuple[int, int, int], size: int) -> NDArr
 
 
 def crop_and_resize(picture: NDArray[np.uint8], window: tuple[int, int, int], size: int) -> NDArray[np.uint8]:
-    """Cuts `window` out of a picture (H, W, 3) or (H, W) and resamples it to `size` with an antialiasing
-    filter.
+    """Cuts `window` out of a picture (H, W, 3) or (H, W), zeros where it goes beyond, and resamples it to `size` with
+    an antialiasing filter.
     """
-    left, top, side = window
-    cut = picture[top : top + side, left : left + side]
-    if side == size:
+    cut = _cut(picture, window)
+    if window[2] == size:
         return np.ascontiguousarray(cut)
     resampled = Image.fromarray(np.ascontiguousarray(cut)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(resampled)
@@ -82,41 +86,27 @@ def crop_and_resize(picture: NDArray[np.uint8], window: tuple[int, int, int], si
 def resample_depth(
     depth: NDArray[np.float32], window: tuple[int, int, int], size: int
 ) -> NDArray[np.float32]:
-    """Cuts `window` out of a depth map (H, W) and takes the nearest depth of each new pixel's centre.
+    """Cuts `window` out of a depth map (H, W), zeros where it goes beyond, and takes the nearest depth of each new
+    pixel's centre.
 
     Depths are never averaged: between the nose and the cheek behind it there is no surface half-way.
     """
-    left, top, side = window
+    side = window[2]
     nearest = np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1)
-    return depth[top + nearest][:, left + nearest]
+    return _cut(depth, window)[nearest][:, nearest]
 
 
-def encode_jpeg(image: NDArray[np.uint8], quality: int, subsampling: str) -> bytes:
-    """JPEG bytes of an RGB picture (H, W, 3)."""
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling=subsampling
-    )
-
-
-def decode_jpeg(data: Data, out: NDArray[np.uint8], name: str) -> None:
-    """Decodes JPEG bytes into `out` (H, W, 3), which also says what size the picture must have.
-
-    The header is read first, so a file that announces a huge picture costs nothing.
-
-    Raises:
-        UserError: not a JPEG, cut short, or of another size; the sentence starts with `name`.
-    """
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != out.shape[:2]:
-            raise UserError(
-                f"{name} is a picture of {height} x {width} pixels where {out.shape[0]} x {out.shape[1]}"
-                " are declared."
-                " Pack the shards again."
-            )
-        simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
-    except ValueError as error:
-        raise UserError(f"{name} is not a readable JPEG ({error}). Pack the shards again.") from None
+def _cut(picture: NDArray[Any], window: tuple[int, int, int]) -> NDArray[Any]:
+    """The square of a picture (H, W, ...), with zeros around it where the square is larger; a view where it is not."""
+    left, top, side = window
+    height, width = picture.shape[:2]
+    if 0 <= left <= width - side and 0 <= top <= height - side:
+        return picture[top : top + side, left : left + side]
+    cut = np.zeros((side, side, *picture.shape[2:]), picture.dtype)
+    inside = picture[max(top, 0) : top + side, max(left, 0) : left + side]
+    at_y, at_x = max(-top, 0), max(-left, 0)
+    cut[at_y : at_y + inside.shape[0], at_x : at_x + inside.shape[1]] = inside
+    return cut
 
 
 def encode_mask(mask: NDArray[np.uint8]) -> bytes:

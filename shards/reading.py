@@ -21,8 +21,9 @@ from torch import Tensor
 from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.inputs import InputSet
+from shards.codecs import decode_picture, extension
 from shards.manifest import Manifest, ShardInfo
-from shards.pictures import decode_jpeg, decode_mask
+from shards.pictures import decode_mask
 from shards.stores import RemoteFolder, ShardCache, StreamReader
 from shards.tarfiles import Data, Scratch, ShardReader
 
@@ -99,7 +100,7 @@ class SubjectShards:
         self.input_sets = InputSets(readers, manifest)
         self.targets: list[Target] = sorted(
             (
-                Target(reader, key, manifest.size)
+                Target(reader, key, manifest.size, manifest.settings.codec)
                 for reader in readers
                 for key in reader.keys
                 if key.startswith("target-")
@@ -143,8 +144,8 @@ class Target:
         camera_ids: V names.
     """
 
-    def __init__(self, reader: Reader, key: str, size: int) -> None:
-        self._reader, self._key, self._size = reader, key, size
+    def __init__(self, reader: Reader, key: str, size: int, codec: str) -> None:
+        self._reader, self._key, self._size, self._codec = reader, key, size, codec
         described = read_description(reader, key)
         self.timestep = str(described["timestep"])
         self.id = f"{described['subject']}/{self.timestep}"
@@ -166,9 +167,8 @@ class Target:
         views = [range(len(self.camera_ids))[v] for v in views]
         images = np.empty((len(views), self._size, self._size, 3), np.uint8)
         masks = np.empty((len(views), self._size, self._size), np.uint8)
-        decode_views(
-            self._reader, self._key, [f"{v:03d}" for v in views], images if pictures else None, masks
-        )
+        names = [f"{v:03d}" for v in views]
+        decode_views(self._reader, self._key, names, images if pictures else None, masks, self._codec)
         return images, masks
 
 
@@ -179,7 +179,7 @@ def read_input_set(reader: Reader, key: str, manifest: Manifest) -> InputSet:
     names = [f"{i:02d}" for i in range(len(pictures))]
     images = np.empty((len(names), size, size, 3), np.uint8)
     masks = np.empty((len(names), size, size), np.uint8)
-    decode_views(reader, key, names, images, masks)
+    decode_views(reader, key, names, images, masks, manifest.settings.codec)
     maps: dict[str, Tensor | None] = {"positions": None, "confidence": None, "features": None}
     if priors.position != "none":
         positions = np.empty((len(names), 3, size, size), np.float32)
@@ -231,21 +231,21 @@ def decode_views(
     names: Sequence[str],
     images: NDArray[np.uint8] | None,
     masks: NDArray[np.uint8],
+    codec: str,
 ) -> None:
     """Decodes pictures and masks of one sample into `images` (v, H, W, 3), unless None, and `masks` (v, H,
     W).
-
-    What JPEG smeared over the edge of the mask is removed.
     """
     wanted = [f"{name}.mask.png" for name in names]
     if images is not None:
-        wanted += [f"{name}.jpg" for name in names]
+        wanted += [f"{name}.{extension(codec)}" for name in names]
     found = reader.read(key, wanted, _scratch())
     for i, name in enumerate(names):
         where = f"{reader.path}: {key}.{name}"
         decode_mask(found[f"{name}.mask.png"], masks[i], f"{where}.mask.png")
         if images is not None:
-            decode_jpeg(found[f"{name}.jpg"], images[i], f"{where}.jpg")
+            member = f"{name}.{extension(codec)}"
+            decode_picture(found[member], images[i], f"{reader.path}: {key}.{member}", codec)
 
 
 def _scratch() -> Scratch:
@@ -352,7 +352,7 @@ def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:
 def float_pictures(
     images: NDArray[np.uint8], masks: NDArray[np.uint8], out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Pictures (v, H, W, 3) as (v, 3, H, W) float in [0, 1]; what JPEG smeared over the mask's edge is
+    """Pictures (v, H, W, 3) as (v, 3, H, W) float in [0, 1]; what a codec smeared over the mask's edge is
     removed.
     """
     scale = np.where(masks > 0, np.float32(1 / 255), np.float32(0))

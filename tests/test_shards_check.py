@@ -87,7 +87,7 @@ def test_progress_is_told(packed):
         (lambda f: (f / "manifest.json").write_text("]"), "cannot be read"),
         (
             lambda f: edit_manifest(f, lambda m: m.__setitem__("schema", 99)),
-            "schema 99, this version reads up to 2",
+            "schema 99, this version reads up to 3",
         ),
         (lambda f: edit_manifest(f, lambda m: m["settings"].__setitem__("new", 1)), "cannot be read .*new"),
         (
@@ -218,9 +218,10 @@ def test_wrong_pictures_are_found(shards, change, sentence):
 
 
 def test_empty_masks_and_picture_bombs_are_found(shards):
-    from shards.pictures import encode_jpeg, encode_mask
+    from shards.codecs import encode_picture
+    from shards.pictures import encode_mask
 
-    bomb = encode_jpeg(np.zeros((4000, 4000, 3), np.uint8), 50, "420")
+    bomb = encode_picture(np.zeros((4000, 4000, 3), np.uint8), "jpeg", 50, "420")
 
     def change(key, members):
         if key == "target-00000":

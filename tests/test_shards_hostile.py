@@ -12,8 +12,8 @@ from tiny_captures import pack_tiny, write_tiny_captures
 
 from avatars.errors import UserError
 from shards import BatchLoader, Manifest, check, open_shards, pack, read_capture, write_with_priors
+from shards.codecs import encode_picture
 from shards.manifest import PriorSettings
-from shards.pictures import encode_jpeg
 from shards.priors import PriorMaps
 from shards.stores import RemoteFolder, StreamReader
 from shards.tarfiles import ShardReader, ShardWriter
@@ -85,7 +85,7 @@ def test_a_picture_bomb_is_refused_before_it_is_inflated(shards):
     path = shards / shard.path
     reader = ShardReader(path, shard.index)
     samples = {key: reader.read(key, list(reader.extensions(key))) for key in reader.keys if key != "index"}
-    bomb = encode_jpeg(np.zeros((8000, 8000, 3), np.uint8), 10, "420")
+    bomb = encode_picture(np.zeros((8000, 8000, 3), np.uint8), "jpeg", 10, "420")
     with ShardWriter(path) as writer:
         for key, members in samples.items():
             writer.write(key, members | ({"00.jpg": bomb} if key == "inputs-000" else {}))
