@@ -51,9 +51,9 @@ def train(words: list[str]) -> int:
     """`headsplat train RECIPE --data D --run R [--dotted.overrides]`."""
     if words and words[0] in ("-h", "--help"):
         print("usage: headsplat train RECIPE --data SHARDS --run FOLDER [overrides]\n")
-        print(
-            "\n".join(f"  {name:<14}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items())
-        )
+        width = max(map(len, RECIPES)) + 2
+        for name, make in RECIPES.items():
+            print(f"  {name:<{width}}{(make.__doc__ or '').splitlines()[0]}")
         print("\n`headsplat train RECIPE --help` tells every field of a recipe.")
         return 0
     if not words or words[0].startswith("-"):

@@ -13,6 +13,9 @@ from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
+from launch.recipes import find_recipe
+from shards import Manifest
+from train.tasks import settled, task_for
 
 TINY = Avat3rConfig(
     size=32,
@@ -292,3 +295,23 @@ def test_a_half_precision_avatar_stays_close(tmp_path):
     assert made.means.dtype == torch.float32
     assert (made.colors - full.colors).abs().amax() < 0.05
     assert not torch.equal(made.colors, full.colors)
+
+
+def test_inputs_of_the_wrong_timesteps_are_refused(tiny_shards, tmp_path):
+    manifest = Manifest.load(tiny_shards)
+    base = find_recipe("avat3r-tiny")
+    task_for(base).check(manifest)
+    same = replace(base, data=replace(base.data, input_timesteps="same"))
+    with pytest.raises(UserError, match=r"input sets of different timesteps .*--input-timesteps same"):
+        task_for(same).check(manifest)
+    one = replace(manifest, settings=replace(manifest.settings, input_timesteps="same"))
+    task_for(same).check(one)
+    with pytest.raises(UserError, match=r"input sets of same timesteps .*--input-timesteps different"):
+        task_for(base).check(one)
+
+
+def test_the_name_of_the_features_comes_from_the_shards(tiny_shards):
+    manifest = Manifest.load(tiny_shards)
+    named = replace(manifest, priors=replace(manifest.priors, features="made-up:1", feature_dim=32))
+    assert settled(find_recipe("avat3r-cpu-full"), named).model.feature_prior == "made-up:1"
+    assert settled(find_recipe("avat3r-cpu"), named) == find_recipe("avat3r-cpu")

@@ -94,6 +94,26 @@ def test_a_recipe_is_what_it_is_called(name):
     assert find_recipe(name).recipe == name
 
 
+@pytest.mark.parametrize(("full", "prefix"), [("avat3r", "avat3r"), ("avat3r-cpu-full", "avat3r-cpu")])
+def test_an_ablation_leaves_out_one_thing(full, prefix):
+    whole = find_recipe(full).to_json()
+
+    def changed(row):
+        values = find_recipe(f"{prefix}-{row}").to_json()
+        flat = {f"{a}.{b}": v for a in ("model", "data") for b, v in values[a].items() if v != whole[a][b]}
+        others = {name for name in values if name not in ("model", "data") and values[name] != whole[name]}
+        assert others == {"recipe"}
+        return flat
+
+    no_positions = {"model.position_prior": False, "model.position_skip": False}
+    assert changed("no-positions") == no_positions
+    assert changed("no-features") == {"model.feature_dim": 0}
+    assert changed("no-priors") == {**no_positions, "model.feature_dim": 0}
+    assert changed("no-random-timesteps") == {"data.input_timesteps": "same"}
+    assert changed("no-position-skip") == {"model.position_skip": False}
+    assert changed("no-color-skip") == {"model.color_skip": False}
+
+
 def test_train_help_names_the_recipes(capsys):
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out

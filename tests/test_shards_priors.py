@@ -227,6 +227,11 @@ def test_damaged_features_are_found(shards, tmp_path):
             "features none of 0 channels .*is 7; .*headsplat priors --features.* set it to 0",
         ),
         ("x", {"feature_dim": 7}, "features made-up:00000000 of 5 channels .* is 7; .* set it to 5"),
+        (
+            "x",
+            {"feature_dim": 5, "feature_prior": "sapiens-2b:1"},
+            "features made-up:00000000 and --model.feature-prior says sapiens-2b:1",
+        ),
         ("bare", {}, "has no position maps .*headsplat priors --position"),
     ],
 )

@@ -81,6 +81,8 @@ class DataConfig:
     """Examples a rank computes at once."""
     views: int = 8
     """Target views of an example."""
+    input_timesteps: Literal["different", "same"] = "different"
+    """What the shards' input sets must be made of: pictures of different timesteps, or all of the same."""
     seed: int = 0
     """Seed of the plan."""
     threads: int = 2

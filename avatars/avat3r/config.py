@@ -45,6 +45,8 @@ class Avat3rConfig:
     """Feed position maps to the encoder and gate Gaussians by their confidence."""
     feature_dim: int = 0
     """Channels of the semantic feature map (1920 for Sapiens 2B), 0 for none."""
+    feature_prior: str = ""
+    """Name of the prior that made the features, with a hash of its weights; filled in from the shards."""
     position_skip: bool = True
     """Add the position map to the predicted positions."""
     color_skip: bool = True

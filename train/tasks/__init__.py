@@ -21,8 +21,12 @@ def task_for(config: TrainConfig) -> Task:
 
 
 def settled(config: TrainConfig, manifest: Manifest) -> TrainConfig:
-    """The configuration with what only the shards know: how many people a table of learned codes has rows for."""
+    """The configuration with what only the shards know: whose features they hold, and how many people a table of
+    learned codes has rows for.
+    """
     model: Any = config.model
+    if getattr(model, "feature_dim", 0) and not model.feature_prior:
+        return replace(config, model=replace(model, feature_prior=manifest.priors.features))
     if getattr(model, "people", None) != 0:
         return config
     return replace(config, model=replace(model, people=len(manifest.subjects("train"))))

@@ -97,6 +97,7 @@ class Avat3rTask:
     def __init__(self, config: TrainConfig) -> None:
         self.config = of_kind(config.model, Avat3rConfig)
         self.loss = config.loss
+        self.input_timesteps = config.data.input_timesteps
         self.size = self.config.size
         self.prior_values = 4 * self.size**2 * self.config.position_prior + (
             self.config.feature_dim * self.config.grid**2
@@ -104,7 +105,8 @@ class Avat3rTask:
         self.most_gaussians = INPUT_VIEWS * self.size**2
 
     def check(self, manifest: Manifest) -> None:
-        """Pictures and expression codes must be of the network's size, and priors there if it needs them.
+        """Pictures and expression codes must be of the network's size, input sets of the recipe's kind, and priors
+        there if it needs them.
 
         Raises:
             UserError: one of them is not.
@@ -120,6 +122,12 @@ class Avat3rTask:
                 f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers "
                 f"and the recipe's --model.expression-dim is {config.expression_dim}."
             )
+        if settings.input_timesteps != self.input_timesteps:
+            raise UserError(
+                f"{manifest.folder} holds input sets of {settings.input_timesteps} timesteps and the recipe's "
+                f"--data.input-timesteps is {self.input_timesteps}; pack them with `headsplat shards pack "
+                f"--input-timesteps {self.input_timesteps}`, or change the recipe."
+            )
         priors = manifest.priors
         if config.position_prior and priors.position == "none":
             raise UserError(
@@ -131,6 +139,11 @@ class Avat3rTask:
                 f"{manifest.folder} has features {priors.features} of {priors.feature_dim} channels and the recipe's "
                 f"--model.feature-dim is {config.feature_dim}; make them with `headsplat priors --features`, or set it "
                 f"to {priors.feature_dim}."
+            )
+        if config.feature_dim and config.feature_prior not in ("", priors.features):
+            raise UserError(
+                f"{manifest.folder} has features {priors.features} and --model.feature-prior says "
+                f"{config.feature_prior}; leave the option out, or make those features with `headsplat priors`."
             )
 
     def check_weights(self) -> None:
