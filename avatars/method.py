@@ -18,9 +18,17 @@ from avatars.rasterize import Rendering, rasterize
 
 __all__ = ["Avatar", "Method", "load_avatar", "load_method", "render"]
 
-METHODS = {"avat3r": "avatars.avat3r:Avat3rMethod"}
+METHODS = {
+    "avat3r": "avatars.avat3r:Avat3rMethod",
+    "fastavatar": "avatars.fastavatar.method:FastAvatarMethod",
+}
 """Where the class of each trained network is: `load(folder, dtype)` reads what a training exported."""
-AVATARS = {"avat3r": "avatars.avat3r:Avat3rAvatar", "flashavatar": "avatars.flashavatar:FlashAvatar"}
+AVATARS = {
+    "avat3r": "avatars.avat3r:Avat3rAvatar",
+    "fastavatar": "avatars.fastavatar:FastAvatar",
+    "flashavatar": "avatars.flashavatar:FlashAvatar",
+    "gasp": "avatars.gasp:GaspAvatar",
+}
 """Where the class of each avatar is: `load(folder)` reads what `save` wrote."""
 
 

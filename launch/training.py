@@ -21,7 +21,7 @@ from avatars.errors import UserError
 from launch.data import DEMO, DemoCaptures, shards_for
 from launch.options import parse
 from launch.preflight import check_hosts, chosen_hosts, free_port
-from launch.recipes import RECIPES, find_recipe
+from launch.recipes import CAPTURES, RECIPES, find_recipe
 from launch.workspace import Workspace
 from train.config import TrainConfig
 
@@ -153,7 +153,9 @@ def launch(words: list[str]) -> int:
     """`headsplat launch RECIPE`: what `make train` runs."""
     from launch.evaluation import evaluate_training, show_table
 
-    options = parse(LaunchOptions, words, "launch")
+    recipe = words[0] if words and not words[0].startswith("-") else LaunchOptions.recipe
+    default = LaunchOptions(recipe=recipe, demo=CAPTURES.get(recipe, DEMO))
+    options = parse(LaunchOptions, words, "launch", default)
     from train.endings import Preempted
     from train.tasks import task_for
 

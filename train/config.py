@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from avatars.avat3r.config import Avat3rConfig
 from avatars.errors import UserError
+from avatars.fastavatar.config import FastAvatarDecoderConfig, FastAvatarEncoderConfig
+from avatars.gasp.config import GaspConfig
 
 __all__ = [
     "MODELS",
@@ -27,9 +29,11 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16"]
 
-ModelConfig = Avat3rConfig
+ModelConfig = Avat3rConfig | GaspConfig | FastAvatarDecoderConfig | FastAvatarEncoderConfig
 """What a recipe may train: a frozen dataclass whose class attribute `method` names its entry in `MODELS`."""
-MODELS: dict[str, type[ModelConfig]] = {kind.method: kind for kind in (Avat3rConfig,)}
+MODELS: dict[str, type[ModelConfig]] = {
+    kind.method: kind for kind in (Avat3rConfig, GaspConfig, FastAvatarDecoderConfig, FastAvatarEncoderConfig)
+}
 """The configurations by method, which tells them apart in JSON."""
 
 

@@ -6,6 +6,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from avatars.errors import UserError
+from avatars.fastavatar.config import FastAvatarDecoderConfig, FastAvatarEncoderConfig
+from avatars.gasp.config import GaspConfig
 from shards import Manifest
 from train.config import MODELS, TrainConfig
 from train.task import Task
@@ -16,7 +18,15 @@ __all__ = ["config_from_json", "settled", "task_for"]
 def task_for(config: TrainConfig) -> Task:
     """The task that a recipe's configuration describes."""
     from train.tasks.avat3r import Avat3rTask
+    from train.tasks.fastavatar import FastAvatarDecoderTask, FastAvatarEncoderTask
+    from train.tasks.gasp import GaspTask
 
+    if isinstance(config.model, GaspConfig):
+        return GaspTask(config)
+    if isinstance(config.model, FastAvatarDecoderConfig):
+        return FastAvatarDecoderTask(config)
+    if isinstance(config.model, FastAvatarEncoderConfig):
+        return FastAvatarEncoderTask(config)
     return Avat3rTask(config)
 
 
