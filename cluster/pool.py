@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from avatars.errors import UserError
 
-__all__ = ["Event", "Job", "JobFunction", "Outcome", "Report", "run_jobs"]
+__all__ = ["Event", "Job", "JobFunction", "Outcome", "Report", "out_of_memory", "run_jobs"]
 
 Report = Callable[..., None]
 """Called by a job with keyword arguments (plain values) that replace its last report."""
@@ -58,10 +58,12 @@ class Event:
     name: str
     report: dict[str, Any] = field(default_factory=dict)
     """The job's last report; with "retried" and "failed", the `error`. A report carries the actor's `pid`."""
+    value: Any = None
+    """With "done", what the function returned."""
 
 
-class _Actor:
-    """Runs in a process of its own; two threads, so that progress can be asked for during a job."""
+class HeadsplatActor:
+    """Runs in a process of its own; two threads, so that progress can be asked for during a job. Ray shows its name."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -86,7 +88,7 @@ class _Actor:
         except UserError as error:
             return "user", str(error)
         except Exception as error:
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 return "error", "it ran out of memory; give each actor more, or run fewer at a time"
             where = traceback.extract_tb(error.__traceback__)[-1]
             return "error", f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
@@ -164,7 +166,7 @@ def run_jobs(
         }
         if memory is not None:
             options["memory"] = memory
-        actor = ray.remote(_Actor).options(**options).remote(max(1, int(cpus)))
+        actor = ray.remote(HeadsplatActor).options(**options).remote(max(1, int(cpus)))
         return _Slot(actor, actor.ready.remote())
 
     def retire(slot: _Slot) -> None:
@@ -179,7 +181,8 @@ def run_jobs(
             return
         slot.job = queue.popleft()
         attempts[slot.job.name] += 1
-        slot.waits_for = slot.actor.run.remote(function, slot.job.arguments)
+        # Under this name Ray's dashboard lists it, with its state, its time and its log.
+        slot.waits_for = slot.actor.run.options(name=slot.job.name).remote(function, slot.job.arguments)
         slot.since = time.monotonic()
         slot.asked = None
         tell(Event("started", slot.job.name))
@@ -193,9 +196,10 @@ def run_jobs(
             tell(Event("retried", job.name, {"error": error}))
             return
         outcomes[job.name] = Outcome(job.name, value, error, tries, seconds)
-        tell(
-            Event("done" if error is None else "failed", job.name, {} if error is None else {"error": error})
-        )
+        if error is None:
+            tell(Event("done", job.name, value=value))
+        else:
+            tell(Event("failed", job.name, {"error": error}))
 
     try:
         while len(outcomes) < len(jobs):
@@ -262,7 +266,7 @@ def _ask_progress(working: list[_Slot], tell: Callable[[Event], None]) -> None:
             tell(Event("progress", slot.job.name, report))
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Python, a GPU, and PyTorch on a CPU each have their own way to say it."""
     import torch
 
@@ -273,13 +277,13 @@ def _sentence(error: Exception) -> str:
     """What happened to an actor, without Ray's pages of advice."""
     import ray
 
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or "memory" in str(error).lower():
+    text = str(error).lower()  # its advice names memory and nodes whatever has happened
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
         return "its process was stopped because the machine ran out of memory"
+    if isinstance(error, ray.exceptions.NodeDiedError) or "its node has died" in text:
+        return "its node was lost"
     if isinstance(error, ray.exceptions.RayActorError):
-        text = str(error)
-        return (
-            "its node was lost" if "node" in text.lower() and "died" in text.lower() else "its process died"
-        )
+        return "its process died: it was killed, as the kernel does when memory ends, or it crashed"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 

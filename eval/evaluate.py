@@ -31,13 +31,23 @@ from eval.protocol import (
 )
 from eval.provenance import hardware, versions
 from eval.rows import TURNTABLE, Row, protocol_folder, row_folder, write_row
-from eval.sheets import SheetColumn, contact_sheet, save_picture
+from eval.sheets import SheetColumn, contact_sheet, error_map, save_picture
 
 if TYPE_CHECKING:
     from shards import ShardSet
     from shards.reading import Target
 
-__all__ = ["Driven", "Made", "Measured", "check_data", "evaluate", "measure_subject", "seconds_a_picture"]
+__all__ = [
+    "Driven",
+    "Made",
+    "Measured",
+    "check_data",
+    "evaluate",
+    "evaluate_subject",
+    "measure_subject",
+    "seconds_a_picture",
+    "told",
+]
 
 PICTURES_KEPT = 4
 WARM_UP = 2
@@ -148,18 +158,56 @@ def evaluate(
     for number, subject in enumerate(chosen, start=1):
         if progress is not None:
             progress(f"{method} {checkpoint}: subject {subject} ({number} of {len(chosen)})")
-        measured = measure_subject(method, create, shards, subject, protocol, meter, device, batch)
-        row = _row(measured, method, checkpoint, subject, protocol, meter)
-        folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
-        _save_pictures(folder, row, measured.inputs, measured.columns)
-        if not isinstance(measured.made.avatar, Driven):
-            write_turntable(measured.made.avatar, measured.expression, folder / TURNTABLE)
-        write_row(row, out)
+        row = evaluate_subject(
+            method,
+            create,
+            shards,
+            subject,
+            protocol,
+            meter,
+            checkpoint=checkpoint,
+            out=out,
+            device=device,
+            batch=batch,
+        )
         rows.append(row)
         if progress is not None:
-            numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.values.items())
-            progress(f"{method} {checkpoint}: {subject}: {numbers}")
+            progress(f"{method} {checkpoint}: {subject}: {told(row)}")
     return rows
+
+
+def evaluate_subject(
+    method: str,
+    create: Callable[[InputSet], Avatar | Driven | Made],
+    shards: ShardSet,
+    subject: str,
+    protocol: Protocol,
+    meter: Meter,
+    *,
+    checkpoint: str,
+    out: Path,
+    checkpoint_hash: str = "",
+    device: str = "cpu",
+    batch: int = 0,
+) -> Row:
+    """One subject's row with its pictures, written under `out`; the row is last and makes it finished.
+
+    Takes what `evaluate` takes, of one subject, and the protocol's meter, whose networks are loaded. `checkpoint_hash`
+    is over the files that make this subject's avatar. Raises what `evaluate` raises.
+    """
+    measured = measure_subject(method, create, shards, subject, protocol, meter, device, batch)
+    row = _row(measured, method, checkpoint, subject, protocol, meter, checkpoint_hash)
+    folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
+    _save_pictures(folder, row, measured.inputs, measured.columns)
+    if not isinstance(measured.made.avatar, Driven):
+        write_turntable(measured.made.avatar, measured.expression, folder / TURNTABLE)
+    write_row(row, out)
+    return row
+
+
+def told(row: Row) -> str:
+    """A row's numbers on one line: "psnr 25.31, ssim 0.912"."""
+    return ", ".join(f"{key} {value:.4g}" for key, value in row.values.items()) or "no number"
 
 
 def seconds_a_picture(
@@ -330,7 +378,13 @@ def _measure_views(
 
 
 def _row(
-    measured: Measured, method: str, checkpoint: str, subject: str, protocol: Protocol, meter: Meter
+    measured: Measured,
+    method: str,
+    checkpoint: str,
+    subject: str,
+    protocol: Protocol,
+    meter: Meter,
+    checkpoint_hash: str,
 ) -> Row:
     """The row of a measured subject; takes the driving rate on the way."""
     seconds = seconds_a_picture(measured.made.avatar, measured.expression, measured.frontal, protocol.size)
@@ -357,6 +411,7 @@ def _row(
         threads=torch.get_num_threads(),
         create_hardware=measured.made.hardware,
         variant=getattr(measured.made.avatar, "variant", ""),
+        checkpoint_hash=checkpoint_hash,
     )
 
 
@@ -429,6 +484,7 @@ def _save_pictures(folder: Path, row: Row, inputs: InputSet, columns: dict[int, 
     for index, column in columns.items():
         save_picture(column.target, folder / f"{index:02d}-target.png")
         save_picture(column.prediction, folder / f"{index:02d}-prediction.png")
+        error_map(column.prediction, column.target).save(folder / f"{index:02d}-error.png")
     used = inputs.provenance
     labels = [f"t {t} · {c}" for t, c in zip(used["timesteps"], used["camera_ids"], strict=True)]
     title = " · ".join(part for part in (row.method, row.checkpoint, row.subject) if part != "none")

@@ -18,7 +18,7 @@ from torch import Tensor
 from avatars.errors import UserError
 from eval.rows import Row, check_one_protocol, mean_values, row_folder
 
-__all__ = ["SheetColumn", "comparison_sheet", "contact_sheet", "error_picture", "save_picture"]
+__all__ = ["SheetColumn", "comparison_sheet", "contact_sheet", "error_map", "error_picture", "save_picture"]
 
 CELL = 224
 GAP = 10
@@ -161,6 +161,26 @@ def error_picture(prediction: Tensor, target: Tensor) -> Tensor:
     low = position.floor().long().clamp(max=len(colors) - 2)
     weight = (position - low)[..., None]
     return (colors[low] * (1 - weight) + colors[low + 1] * weight).permute(2, 0, 1)
+
+
+def error_map(prediction: Tensor, target: Tensor) -> Image.Image:
+    """The error of (3, H, W) pictures in the colours of `error_picture`, over a legend that says what they mean."""
+    pixels = _to_image(error_picture(prediction, target))
+    scale = max(1, -(-CELL // max(pixels.size)))  # the legend's words need some width
+    pixels = pixels.resize((pixels.width * scale, pixels.height * scale), Image.Resampling.NEAREST)
+    legend = 40
+    whole = Image.new("RGB", (pixels.width, pixels.height + legend), BACKGROUND)
+    whole.paste(pixels)
+    draw = ImageDraw.Draw(whole)
+    left, right, top = 16, whole.width - 36, pixels.height + 8
+    ramp = torch.linspace(0, ERROR_FULL, right - left).expand(3, 10, right - left)
+    whole.paste(_to_image(error_picture(ramp, torch.zeros_like(ramp))), (left, top))
+    draw.rectangle((left - 1, top - 1, right, top + 10), outline=FAINT)
+    draw.text((left - 4, top + 5), "0", fill=SOFT, font=_font(12), anchor="rm")
+    draw.text((right + 4, top + 5), f"{ERROR_FULL:g}", fill=SOFT, font=_font(12), anchor="lm")
+    words, size = _fit(draw, "mean absolute error over channels, of 1", 12, right - left)
+    draw.text(((left + right) / 2, top + 21), words, fill=SOFT, font=_font(size), anchor="mm")
+    return whole
 
 
 def save_picture(picture: Tensor, path: Path) -> None:

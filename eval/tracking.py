@@ -1,9 +1,8 @@
-"""MLflow: training runs and evaluations in one store, readable side by side in its dashboard.
+"""MLflow: the tracking store, its dashboard, and training runs in it.
 
 The store is SQLite by default; anything else that MLflow speaks comes by its address. One process writes:
-rank 0 of a training, or the driver of an evaluation. Layout: an experiment a recipe for training; for
-evaluation an experiment a protocol (name and id), in it a parent run a method and checkpoint, and in that a
-child a subject.
+rank 0 of a training, or the driver of an evaluation (`eval.runs`). Layout: an experiment a recipe for training; for
+evaluation an experiment a protocol.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import math
 import os
 import sys
 import threading
@@ -27,7 +25,6 @@ from avatars.errors import UserError
 from avatars.files import write_whole
 from eval.hashing import short_hash
 from eval.provenance import hardware, versions
-from eval.rows import Row, check_one_protocol, row_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,10 +33,11 @@ __all__ = [
     "TrainingRun",
     "dashboard_command",
     "dashboard_pages",
+    "experiment_for",
     "flatten",
-    "log_evaluation",
     "mark_ended",
     "open_store",
+    "quiet",
 ]
 
 TAG = "headsplat."
@@ -75,7 +73,7 @@ def open_store(uri: str) -> MlflowClient:
     try:
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(database), _quiet():
+        with _locked(database), quiet():
             client = mlflow.MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow, SQLAlchemy and HTTP raise their own kinds
@@ -116,7 +114,7 @@ def dashboard_pages(uri: str, address: str) -> dict[str, str]:
         The protocol's name and id to the page's address.
     """
     client = open_store(uri)
-    with _quiet():
+    with quiet():
         found = client.search_experiments(order_by=["last_update_time DESC"])
         evaluations = {
             experiment.name: str(experiment.experiment_id)
@@ -250,7 +248,7 @@ class TrainingRun:
             self.run_id = self._resume  # the store knows the run and is away: it hears of it later
             self._away()
         else:
-            experiment = _experiment(client, self._uri, self._experiment)
+            experiment = experiment_for(client, self._uri, self._experiment)
             if self._resume is not None and _exists(client, self._resume):
                 self.run_id = self._resume
                 client.update_run(self.run_id, status="RUNNING")
@@ -297,7 +295,7 @@ class TrainingRun:
                     for line in lines
                     if "key" in line
                 ]
-                with _quiet():
+                with quiet():
                     if metrics:
                         client.log_batch(self.run_id, metrics=metrics)
                     for line in lines:
@@ -373,7 +371,7 @@ class TrainingRun:
         """Last step of a metric that the spool does not know; -1 for a new run."""
         if self.run_id != self._resume or self._client is None or not self._spooled().fresh:
             return -1
-        with _quiet():
+        with quiet():
             history = self._client.get_metric_history(self.run_id, key)
         return max((metric.step for metric in history), default=-1)
 
@@ -422,138 +420,6 @@ def mark_ended(uri: str, folder: Path, status: str, reason: str) -> None:
         return  # no run, or a store that is away: the next start of the run puts it right
 
 
-def log_evaluation(rows: Sequence[Row], results: Path, uri: str) -> list[str]:
-    """Logs result rows with their pictures; a row that is there already is not logged again.
-
-    Args:
-        rows: rows of one protocol.
-        results: the folder that `evaluate` wrote them to.
-        uri: the tracking store.
-
-    Returns:
-        The ids of the parent runs, one a method and checkpoint.
-
-    Raises:
-        UserError: rows of several protocols, or a store that cannot be opened.
-    """
-    rows = list(rows)
-    check_one_protocol(rows)
-    client = open_store(uri)
-    parents = []
-    with _quiet():
-        experiment = _experiment(client, uri, f"{rows[0].protocol} {rows[0].protocol_id}")
-        for method, checkpoint in dict.fromkeys((row.method, row.checkpoint) for row in rows):
-            mine = [row for row in rows if (row.method, row.checkpoint) == (method, checkpoint)]
-            parents.append(_log_run(client, experiment, mine, results))
-    return parents
-
-
-def _log_run(client: MlflowClient, experiment: str, rows: list[Row], results: Path) -> str:
-    """The parent of one method and checkpoint, with a child a row and means over all children."""
-    first = rows[0]
-    run_key = short_hash([first.method, first.checkpoint, first.protocol_id])
-    found = _find(client, experiment, {"kind": "evaluation", "run": run_key})
-    tags = {
-        "kind": "evaluation",
-        "run": run_key,
-        "method": first.method,
-        "checkpoint": first.checkpoint,
-        "protocol": first.protocol,
-        "protocol_id": first.protocol_id,
-        **{f"version.{name}": version for name, version in first.versions.items()},
-    }
-    if found:
-        parent = found[0].info.run_id
-        client.update_run(parent, status="RUNNING")
-    else:
-        name = first.method if first.checkpoint in ("", "none") else f"{first.method} {first.checkpoint}"
-        parent = _create(client, experiment, name, tags)
-        params = {"method": first.method, "checkpoint": first.checkpoint, "protocol": first.protocol}
-        for key, value in params.items():
-            client.log_param(parent, key, value)
-    for row in rows:
-        _log_row(client, experiment, parent, row, results)
-    _log_means(client, experiment, parent)
-    client.set_terminated(parent, "FINISHED")
-    return parent
-
-
-def _log_row(client: MlflowClient, experiment: str, parent: str, row: Row, results: Path) -> None:
-    from mlflow.entities import Metric
-
-    content = short_hash(row.as_dict())
-    for old in _find(client, experiment, {"kind": "subject", "row": row.key}):
-        if old.data.tags.get(f"{TAG}content") == content:
-            return
-        client.delete_run(
-            old.info.run_id
-        )  # of another evaluation, or left half logged by a process that died
-    tags = {
-        "kind": "subject",
-        "row": row.key,
-        "method": row.method,
-        "checkpoint": row.checkpoint,
-        "subject": row.subject,
-        "protocol_id": row.protocol_id,
-        "hardware": row.hardware,
-        **{f"missing.{key}": reason for key, reason in row.missing.items()},
-    }
-    child = _create(client, experiment, f"{row.method} · {row.subject}", tags, parent)
-    now = int(time.time() * 1000)
-    values = {**row.values, "create_seconds": row.create_seconds, "drive_fps": row.drive_fps}
-    client.log_batch(child, metrics=[Metric(f"eval/{key}", value, now, 0) for key, value in values.items()])
-    client.log_param(child, "subject", row.subject)
-    client.log_param(child, "method", row.method)
-    folder = row_folder(results, row.method, row.checkpoint, row.subject, row.protocol, row.protocol_id)
-    for path in sorted(folder.glob("*")):
-        if path.name in ("row.json", "sheet.png"):
-            client.log_artifact(child, str(path))
-        elif path.suffix == ".png" and "prediction" in path.name:
-            client.log_artifact(child, str(path), "pictures")
-    client.set_terminated(child, "FINISHED")
-    client.set_tag(child, f"{TAG}content", content)  # last: a child without it is logged again
-
-
-def _log_means(client: MlflowClient, experiment: str, parent: str) -> None:
-    """Means over the children into the parent; only what changed, so that its history has no doubles."""
-    children = [
-        run
-        for run in _find(client, experiment, {"kind": "subject"})
-        if run.data.tags.get("mlflow.parentRunId") == parent
-    ]
-    known = client.get_run(parent).data.metrics
-    keys = sorted({key for run in children for key in run.data.metrics})
-    for key in keys:
-        values = [run.data.metrics[key] for run in children if key in run.data.metrics]
-        if len(values) == len(children):
-            mean = math.fsum(values) / len(values)
-            if known.get(key) != mean:
-                client.log_metric(parent, key, mean, step=len(children))
-    client.set_tag(parent, f"{TAG}subjects", str(len(children)))
-
-
-def _create(
-    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], parent: str | None = None
-) -> str:
-    marked = {f"{TAG}{key}": value for key, value in tags.items()}
-    if parent is not None:
-        marked["mlflow.parentRunId"] = parent
-    return str(client.create_run(experiment, tags=marked, run_name=name).info.run_id)
-
-
-def _find(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Any]:
-    """All active runs of an experiment that carry the tags."""
-    condition = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items())
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment], condition, max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
 def _exists(client: MlflowClient, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
@@ -567,7 +433,7 @@ def _running(client: MlflowClient, run_id: str) -> bool:
     return bool(client.get_run(run_id).info.status == "RUNNING")
 
 
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+def experiment_for(client: MlflowClient, uri: str, name: str) -> str:
     """Id of the experiment of this name, made if need be; beside SQLite its artifacts lie beside it."""
     from mlflow.exceptions import MlflowException
 
@@ -622,7 +488,7 @@ def _import_quietly() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps MLflow's deprecation warnings about its own code from whoever runs with warnings as errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)

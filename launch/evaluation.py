@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -20,13 +16,17 @@ from launch.options import parse
 from launch.workspace import Workspace
 
 if TYPE_CHECKING:
-    from avatars.inputs import InputSet
+    from cluster.evaluate import Evaluated
+    from eval.checkpoints import Checkpoint
+    from eval.failures import Failure
+    from eval.protocol import Protocol
     from eval.rows import Row
 
 __all__ = ["dashboard", "evaluate", "evaluate_fits", "evaluate_training", "report", "show_table"]
 
-INITIAL = "avat3r-untrained"
-NEAREST = "nearest-input"
+SYNTHETIC = "synthetic-heldout"
+EVERYBODY = "everybody"
+"""In place of a subject, in the failure of a checkpoint that could not even be found."""
 
 
 def evaluate_training(run: Path, shards: Path, workspace: Workspace) -> list[Row]:
@@ -36,198 +36,165 @@ def evaluate_training(run: Path, shards: Path, workspace: Workspace) -> list[Row
         run: a run's folder with `export/` and `initial/`.
         shards: packed shards with held-out people.
         workspace: where rows and pictures go.
-    """
-    from avatars.avat3r import Avat3rMethod
-    from eval.baselines import nearest_input
 
-    rows = []
-    for name, folder in (("avat3r", run / "export"), (INITIAL, run / "initial")):
-        method = Avat3rMethod.load(folder)
-        step = json.loads((folder / "model.json").read_text())["provenance"]["step"]
-        rows += measure(name, method.create, f"{run.name}-step{step}", shards, workspace)
-    return rows + measure(NEAREST, nearest_input, "none", shards, workspace)
+    Raises:
+        UserError: a subject could not be measured, or the tracking store does not answer.
+    """
+    return _whole(measure(_of_training(run), shards, workspace))
 
 
 def evaluate_fits(method: str, shards: Path, workspace: Workspace) -> list[Row]:
     """Measures the avatars that were fitted to held-out people, in the folder that `headsplat fit` wrote.
 
     Raises:
-        UserError: nothing was fitted.
+        UserError: nothing was fitted, or what `evaluate_training` raises.
     """
-    folder = workspace.fits / method
-    create, name = _fitted_maker(method, folder)
-    subjects = sorted(path.parent.name for path in folder.glob("*/result.json"))
-    return measure(method, create, name, shards, workspace, subjects=subjects)
+    from eval.checkpoints import find_checkpoint
+
+    fits = find_checkpoint(method, workspace.fits / method)
+    return _whole(measure([fits], shards, workspace, subjects=tuple(subject for subject, _ in fits.hashes)))
+
+
+def _of_training(run: Path) -> list[Checkpoint]:
+    """A training's network, the same before its first step, and the baseline to beat."""
+    from eval.checkpoints import ANY, NEAREST, find_checkpoint
+
+    trained = find_checkpoint(ANY, run / "export")
+    untrained = find_checkpoint(f"{trained.method}-untrained", run / "initial")
+    return [trained, untrained, find_checkpoint(NEAREST)]
 
 
 def measure(
-    method: str,
-    create: Callable[..., Any],
-    checkpoint: str,
+    checkpoints: list[Checkpoint],
     shards: Path,
     workspace: Workspace,
-    subjects: list[str] | None = None,
-) -> list[Row]:
-    """Rows of one method on the held-out people under `synthetic-heldout`, told to MLflow as well."""
-    from eval.evaluate import evaluate as evaluate_method
-    from eval.protocols import named_protocol
-    from eval.tracking import log_evaluation
-    from shards import open_shards
-
-    heldout = open_shards(shards, "heldout")
-    rows = evaluate_method(
-        method,
-        create,
-        heldout,
-        named_protocol("synthetic-heldout", heldout),
-        checkpoint=checkpoint,
-        out=workspace.results,
-        subjects=subjects,
-        progress=print,
-    )
-    log_evaluation(rows, workspace.results, workspace.tracking_uri)
-    return rows
-
-
-def evaluate_checkpoint(options: EvalOptions, shards: Path, workspace: Workspace) -> list[Row]:
-    """Rows of a checkpoint under any protocol, measured by one process or several.
+    *,
+    options: EvalOptions | None = None,
+    subjects: tuple[str, ...] | None = None,
+) -> Evaluated:
+    """Rows of checkpoints under the options' protocols, told to MLflow as they come.
 
     Raises:
-        UserError: the checkpoint is not whole, the protocol does not fit the shards, or a subject failed.
+        UserError: a protocol that does not fit the shards, or a tracking store that cannot be opened.
     """
-    from eval.protocol import write_protocol
+    from cluster.evaluate import evaluate_all
+    from eval.runs import EvaluationLog
+
+    options = options or EvalOptions()
+    protocols = _protocols(options, shards)
+    workers = _workers(options.workers)
+    names = ", ".join(f"{protocol.name} {protocol.id}" for protocol in protocols)
+    print(f"{_count(len(checkpoints), 'checkpoint')} under {names}", flush=True)
+    with EvaluationLog(workspace.tracking_uri, workspace.results) as log:
+        evaluated = evaluate_all(
+            checkpoints,
+            protocols,
+            shards,
+            workspace.results,
+            split=options.split,
+            subjects=subjects or options.subjects or None,
+            again=options.again,
+            workers=workers,
+            cpus=options.cpus,
+            gpus=options.gpus,
+            memory=None if options.memory is None else options.memory * 2**30,
+            retries=options.retries,
+            device=options.device,
+            batch=options.batch,
+            say=lambda line: print(line, flush=True),
+            on_row=log.tell,
+        )
+    return replace(evaluated, untold=log.untold)
+
+
+def _whole(evaluated: Evaluated) -> list[Row]:
+    """The rows, when nothing is missing.
+
+    Raises:
+        UserError: something failed, or the tracking store was not told of everything.
+    """
+    if evaluated.failures:
+        first = evaluated.failures[0]
+        raise UserError(
+            f"{_count(len(evaluated.failures), 'evaluation')} failed, first {first.method} {first.checkpoint} on "
+            f"{first.subject}: {first.reason}"
+        )
+    if evaluated.untold:
+        raise UserError(evaluated.untold)
+    return evaluated.rows
+
+
+def _protocols(options: EvalOptions, shards: Path) -> list[Protocol]:
+    """The protocols that were asked for, bound to the shards' split."""
     from eval.protocols import find_protocol
-    from eval.rows import protocol_folder
-    from eval.tracking import log_evaluation
     from shards import open_shards
 
-    heldout = open_shards(shards, options.split)
-    protocol = find_protocol(options.protocol, heldout)
-    _, name = load_maker(options.method, options.checkpoint, options.device)
-    subjects = list(protocol.subjects)
-    file = protocol_folder(workspace.results, protocol.name, protocol.id) / "protocol.json"
-    write_protocol(protocol, file)
-    workers = max(1, min(options.workers, len(subjects)))
-    print(
-        f"{options.method} {name}: {protocol.name} {protocol.id}, {len(subjects)} people, {workers} at a time"
-    )
-    arguments = [
-        (options, str(file), str(shards), str(workspace.root), subjects[i::workers]) for i in range(workers)
-    ]
-    if workers == 1:
-        rows = evaluate_part(arguments[0])
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = [row for part in pool.map(evaluate_part, arguments) for row in part]
-    rows.sort(key=lambda row: subjects.index(row.subject))
-    log_evaluation(rows, workspace.results, workspace.tracking_uri)
-    return rows
+    people = open_shards(shards, options.split)
+    return [find_protocol(name, people) for name in dict.fromkeys(options.protocol or (SYNTHETIC,))]
 
 
-def evaluate_part(arguments: tuple[EvalOptions, str, str, str, list[str]]) -> list[Row]:
-    """One process's share of an evaluation: options, protocol file, shards, workspace and its subjects."""
-    import torch
-
-    from eval.evaluate import evaluate as evaluate_method
-    from eval.protocol import read_protocol
-    from shards import open_shards
-
-    options, protocol, shards, root, subjects = arguments
-    if options.workers > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.workers))
-    create, name = load_maker(options.method, options.checkpoint, options.device)
-    return evaluate_method(
-        options.method,
-        create,
-        open_shards(shards, options.split),
-        read_protocol(Path(protocol)),
-        checkpoint=name,
-        out=Workspace(Path(root)).results,
-        subjects=subjects,
-        device=options.device,
-        batch=options.batch,
-        progress=print,
-    )
+def _workers(asked: int | None) -> int | None:
+    """How many rows at a time: without a word this process alone, or as many as a cluster has room for."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--workers is {asked}; give 1 or more.")
+    return 1 if asked is None and not os.environ.get("RAY_ADDRESS") else asked
 
 
-def load_maker(method: str, checkpoint: Path | None, device: str = "cpu") -> tuple[Callable[..., Any], str]:
-    """What makes a method's avatars out of a checkpoint, and the checkpoint's name in rows.
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
-    Args:
-        method: "avat3r", "nearest-input", or a method that is fitted to one person.
-        checkpoint: an exported model, a run's folder that holds one, or a folder of fitted avatars.
-        device: where the avatars are made.
+
+def found_checkpoints(
+    options: EvalOptions, workspace: Workspace
+) -> tuple[list[Checkpoint], dict[str, str | None]]:
+    """What the words on the command line name.
+
+    Returns:
+        The checkpoints, and of every place that was named the sentence that says why it holds none, or None.
 
     Raises:
-        UserError: no checkpoint, or one that lacks its recipe or its weights.
+        UserError: nothing was named, and the workspace holds nothing of the method.
     """
-    if method == NEAREST:
-        from eval.baselines import nearest_input
+    from eval.checkpoints import ANY, BASELINES, find_checkpoint
 
-        return nearest_input, "none"
-    if checkpoint is None:
-        raise UserError(
-            f"Name a checkpoint of {method}: `headsplat eval {method} CHECKPOINT --protocol NAME`."
-        )
-    if not checkpoint.is_dir():
-        raise UserError(
-            f"{checkpoint} is no folder. Name an exported model, a run or a folder of fitted avatars."
-        )
-    if method != "avat3r":
-        return _fitted_maker(method, checkpoint)
-    from avatars.avat3r import Avat3rMethod
-
-    folder = checkpoint if (checkpoint / "model.json").is_file() else checkpoint / "export"
-    if not (folder / "model.json").is_file():
-        raise UserError(
-            f"{checkpoint} holds no model.json, the recipe of its weights. Name the export folder of a finished "
-            "training; `make train` writes it at the end."
-        )
-    try:
-        made = Avat3rMethod.load(folder)
-        provenance = json.loads((folder / "model.json").read_text())["provenance"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not a whole model ({type(error).__name__}: {error}). Export it again."
-        ) from error
-    made.model.to(device)
-    run = folder.parent.name if folder.name in ("export", "initial") else folder.name
-    return made.create, f"{run}-step{provenance['step']}" if "step" in provenance else run
-
-
-def _fitted_maker(method: str, folder: Path) -> tuple[Callable[..., Any], str]:
-    from avatars.method import load_avatar
-    from eval.evaluate import Made
-    from eval.hashing import short_hash
-
-    files = sorted(folder.glob("*/result.json"))
-    if not files:
-        raise UserError(f"{folder} holds no fitted avatars. Make them with `make fit METHOD={method}`.")
-    results: dict[str, dict[str, Any]] = {}
-    for file in files:
-        try:
-            results[file.parent.name] = json.loads(file.read_text())
-            _ = results[file.parent.name]["config"], results[file.parent.name]["seconds"]
-        except (ValueError, KeyError, TypeError) as error:
+    if not options.checkpoints:
+        if options.method in BASELINES:
+            return [find_checkpoint(options.method)], {}
+        fits = workspace.fits / options.method
+        if not options.run and fits.is_dir():
+            return [find_checkpoint(options.method, fits)], {}
+        run = workspace.run(options.run or f"{options.method}-cpu")
+        if not (run / "export").is_dir():
             raise UserError(
-                f"{file} lacks the recipe or the seconds of its fit ({type(error).__name__}: {error}). Fit again with "
-                f"`make fit METHOD={method}`."
-            ) from error
-    configurations = {short_hash(result["config"]) for result in results.values()}
-    if len(configurations) > 1:
-        raise UserError(
-            f"{folder} holds fits of {len(configurations)} configurations; run `make fit METHOD={method}`."
-        )
-
-    def read(inputs: InputSet) -> Made:
-        if inputs.subject not in results:
-            raise UserError(
-                f"{folder} holds no avatar of {inputs.subject}. Fit everybody with `make fit METHOD={method}`."
+                f"{workspace.root} holds neither fits of {options.method} nor a finished training {run.name}. Name a "
+                f"checkpoint, `headsplat eval {options.method} CHECKPOINT`, or a run with --run."
             )
-        result = results[inputs.subject]
-        return Made(load_avatar(folder / inputs.subject), result["seconds"], result.get("hardware"))
+        return _of_training(run), {}
+    found: dict[tuple[str, str], Checkpoint] = {}
+    places: dict[str, str | None] = {}
+    for place in (place for word in options.checkpoints for place in _places(word)):
+        try:
+            if options.method == ANY and place in BASELINES:
+                checkpoint = find_checkpoint(place)
+            else:
+                checkpoint = find_checkpoint(options.method, Path(place))
+        except UserError as error:
+            places[place] = str(error)
+            continue
+        twin = found.setdefault((checkpoint.method, checkpoint.name), checkpoint)
+        same = twin.hashes == checkpoint.hashes
+        places[place] = (
+            None if same else f"{twin.folder} is called {twin.method} {twin.name} too; rename one of them."
+        )
+    return list(found.values()), places
 
-    return read, configurations.pop()
+
+def _places(word: str) -> list[str]:
+    """A word, or what it stands for when it is a pattern that no shell has expanded."""
+    if Path(word).exists() or not any(sign in word for sign in "*?["):
+        return [word]
+    start = Path(Path(word).anchor)
+    return sorted(map(str, start.glob(str(Path(word).relative_to(start))))) or [word]
 
 
 def show_table(rows: list[Row], workspace: Workspace) -> None:
@@ -244,25 +211,39 @@ def show_table(rows: list[Row], workspace: Workspace) -> None:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measures trained models and fitted avatars on held-out people."""
+    """Measures trained models and fitted avatars on held-out people, in this process or on Ray."""
 
     method: Annotated[str, tyro.conf.Positional] = "avat3r"
-    """avat3r, nearest-input, or a method that was fitted with `headsplat fit`."""
-    checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
-    """An exported model, a run's folder or a folder of fitted avatars; without it, what OUT holds of METHOD."""
-    protocol: str = "synthetic-heldout"
+    """A trained or fitted method, nearest-input, or "any": checkpoints of several methods, each under its own name."""
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Exported models, folders of runs, folders of fitted avatars, or patterns of these; without any, what OUT holds of
+    METHOD. With "any" also nearest-input."""
+    protocol: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name of a protocol, or a JSON file: ava256-fewshot, nersemble-fewshot, nersemble-benchmark, flashavatar-video,
-    synthetic-heldout. Needs CHECKPOINT."""
+    synthetic-heldout (by default). Give it several times for several protocols."""
+    subjects: tuple[str, ...] = ()
+    """Only these people; tables then lack the others."""
     split: str = "heldout"
     """Split of the shards."""
+    again: bool = False
+    """Measures anew what has a row of the same checkpoint, protocol and data already."""
     device: str = "cpu"
     """Where avatars are made and measured: cpu or cuda."""
     batch: int = 0
     """Pictures measured at once, 0 for all of a timestep; changes no number."""
-    workers: int = 1
-    """Processes, each with its share of the people; changes no number but the timings."""
-    run: str = "avat3r-cpu"
-    """avat3r only: name of the run under OUT/runs."""
+    workers: int | None = None
+    """People measured at a time, each by a Ray actor: on the cluster that RAY_ADDRESS names, by default as many as it
+    has room for, or on this machine. 1, the default without a cluster, works without Ray."""
+    cpus: float | None = None
+    """CPUs, and threads, of each; 1 on Ray by default, all of this machine's without it."""
+    gpus: float | None = None
+    """GPUs of each, fractions allowed; 1 by default where the device is cuda."""
+    memory: float | None = None
+    """GiB that Ray sets aside for each."""
+    retries: int = 2
+    """How often a person is tried again whose process or machine was lost."""
+    run: str = ""
+    """Name of a training under OUT/runs to measure; METHOD-cpu by default."""
     data: Path | None = None
     """Folder of packed shards; the demo's by default."""
     out: Path = Path("work")
@@ -270,7 +251,9 @@ class EvalOptions:
 
 
 def evaluate(words: list[str]) -> None:
-    """`headsplat eval METHOD`."""
+    """`headsplat eval METHOD [CHECKPOINT …]`."""
+    from eval.failures import Failure, note_failures
+
     options = parse(EvalOptions, words, "eval")
     workspace = Workspace(options.out)
     shards = shards_there(options.data, workspace)
@@ -278,17 +261,32 @@ def evaluate(words: list[str]) -> None:
         raise UserError(
             f"{workspace.shards} holds no packed shards. Name a folder with --data (DATA= for make)."
         )
-    if options.checkpoint is not None or options.method == NEAREST:
-        rows = evaluate_checkpoint(options, shards, workspace)
-    elif options.protocol != "synthetic-heldout":
-        raise UserError(
-            f"--protocol needs a checkpoint: `headsplat eval {options.method} CHECKPOINT --protocol …`."
-        )
-    elif options.method == "avat3r":
-        rows = evaluate_training(workspace.run(options.run), shards, workspace)
-    else:
-        rows = evaluate_fits(options.method, shards, workspace)
-    show_table(rows, workspace)
+    checkpoints, places = found_checkpoints(options, workspace)
+    for place, reason in places.items():
+        note_failures(workspace.results, options.method, {EVERYBODY: reason}, checkpoint=place)
+    lost = [Failure(options.method, EVERYBODY, reason, place) for place, reason in places.items() if reason]
+    if not checkpoints:
+        raise UserError(" ".join(failure.reason for failure in lost))
+    evaluated = measure(checkpoints, shards, workspace, options=options)
+    if evaluated.rows:
+        show_table(evaluated.rows, workspace)
+    failures = lost + evaluated.failures
+    if failures:
+        show_failures(failures)
+    _whole(replace(evaluated, failures=failures))
+
+
+def show_failures(failures: list[Failure]) -> None:
+    """What has no row and why, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Failures")
+    for heading in ("method", "checkpoint", "subject", "reason"):
+        table.add_column(heading, overflow="fold")
+    for failure in failures:
+        table.add_row(failure.method, failure.checkpoint, failure.subject, failure.reason)
+    Console().print(table)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from browser import Browser, browser, needs_browser  # noqa: F401
 from test_eval_rows import ROW
 from test_eval_tracking import results
 
-from eval.tracking import dashboard_command, dashboard_pages, log_evaluation
+from eval.runs import log_evaluation
+from eval.tracking import dashboard_command, dashboard_pages
 from launch.preflight import free_port
 
 pytestmark = [needs_browser, pytest.mark.e2e]

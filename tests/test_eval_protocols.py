@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from fractions import Fraction
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from avatars.errors import UserError
+from cluster.evaluate import evaluate_all
 from eval.baselines import nearest_input
+from eval.checkpoints import find_checkpoint, load_maker
 from eval.evaluate import evaluate
 from eval.metrics import PSNR, SSIM, Pictures
-from eval.protocol import read_protocol, synthetic_heldout, write_protocol
+from eval.protocol import synthetic_heldout, write_protocol
 from eval.protocols import (
     STANDARDS,
     SUBMISSIONS,
@@ -25,21 +28,13 @@ from eval.protocols import (
     write_submission,
 )
 from eval.rows import check_one_protocol, read_rows
-from launch import evaluation
-from launch.evaluation import EvalOptions, evaluate_checkpoint, load_maker
-from launch.workspace import Workspace
+from launch.cli import main
 from shards import open_shards
 
 
 @pytest.fixture(scope="module")
 def heldout(tiny_shards):
     return open_shards(tiny_shards, "heldout")
-
-
-@pytest.fixture
-def quiet(monkeypatch):
-    """No tracking store."""
-    monkeypatch.setattr("eval.tracking.log_evaluation", lambda *arguments: None)
 
 
 def test_every_named_protocol_is_data_and_says_where_it_comes_from():
@@ -166,46 +161,72 @@ def test_a_submission_that_is_not_whole_is_not_written(task, tmp_path, given, sa
 
 
 @pytest.mark.e2e
-def test_the_numbers_are_the_same_for_any_number_of_workers(tiny_shards, tmp_path, quiet):
+def test_the_numbers_are_the_same_for_any_batch(tiny_shards, tmp_path):
     train = open_shards(tiny_shards, "train")
-    file = tmp_path / "mine.json"
-    write_protocol(replace(synthetic_heldout(train, views=2, timesteps=1, metrics=(PSNR, SSIM))), file)
+    protocol = synthetic_heldout(train, views=3, timesteps=1, metrics=(PSNR, SSIM))
+    baseline = [find_checkpoint("nearest-input")]
     found = []
-    for workers, batch in ((1, 1), (2, 0)):
-        options = EvalOptions("nearest-input", None, str(file), split="train", workers=workers, batch=batch)
-        rows = evaluate_checkpoint(options, tiny_shards, Workspace(tmp_path / str(workers)))
+    for batch in (1, 0):
+        out = tmp_path / str(batch)
+        rows = evaluate_all(baseline, [protocol], tiny_shards, out, split="train", batch=batch).rows
         assert [row.subject for row in rows] == list(train.subjects)
-        assert check_one_protocol(rows) == read_protocol(file).id
-        assert len(read_rows(tmp_path / str(workers) / "results")) == len(train.subjects) == 3
+        assert check_one_protocol(rows) == protocol.id
+        assert len(read_rows(out)) == len(train.subjects) == 3
         found.append([(row.values, row.pictures) for row in rows])
     assert found[0] == found[1]
 
 
-def test_a_checkpoint_without_its_recipe_is_refused(tmp_path):
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(UserError, match="Name a checkpoint of avat3r"):
-        load_maker("avat3r", None)
+        find_checkpoint("avat3r")
     with pytest.raises(UserError, match="is no folder"):
-        load_maker("avat3r", tmp_path / "absent")
+        find_checkpoint("avat3r", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds neither a model\.json nor fitted avatars"):
+        find_checkpoint("avat3r", tmp_path)
     (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds no model\.json, the recipe of its weights"):
-        load_maker("avat3r", tmp_path)
     (tmp_path / "export" / "model.json").write_text('{"method": "avat3r"}')
     with pytest.raises(UserError, match="is not a whole model"):
-        load_maker("avat3r", tmp_path)
-    with pytest.raises(UserError, match="holds no fitted avatars"):
-        load_maker("flashavatar", tmp_path)
+        find_checkpoint("avat3r", tmp_path)
+    (tmp_path / "export" / "model.json").write_text('{"method": "avat3r", "provenance": {}}')
+    with pytest.raises(UserError, match=r"holds a model\.json and no weights"):
+        find_checkpoint("avat3r", tmp_path)
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="holds avat3r, not flashavatar"):
+        find_checkpoint("flashavatar", tmp_path)
+    found = find_checkpoint("any", tmp_path)
+    assert (found.method, found.name, found.step) == ("avat3r", tmp_path.name, None)
+    with pytest.raises(UserError, match="is not a whole model"):
+        load_maker(found)
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(UserError, match="was changed during the evaluation"):
+        load_maker(found)
+    shutil.rmtree(tmp_path / "export")
+    with pytest.raises(UserError, match="export is gone"):
+        load_maker(found)
+
+
+def test_fits_that_are_not_whole_are_refused(tmp_path):
     (tmp_path / "s01").mkdir()
     (tmp_path / "s01" / "result.json").write_text('{"seconds": 1}')
     with pytest.raises(UserError, match="lacks the recipe or the seconds of its fit"):
-        load_maker("flashavatar", tmp_path)
-    (tmp_path / "s01" / "result.json").write_text('{"seconds": 1, "config": {}}')
-    make, _ = load_maker("flashavatar", tmp_path)
+        find_checkpoint("flashavatar", tmp_path)
+    (tmp_path / "s01" / "result.json").write_text('{"method": "flashavatar", "seconds": 1, "config": {}}')
+    fits = find_checkpoint("flashavatar", tmp_path)
+    assert fits.hash_for("s01") == fits.hash_for("s02") == ""  # neither avatar is there
     with pytest.raises(UserError, match="holds no avatar of s02"):
-        make(type("Inputs", (), {"subject": "s02"})())
+        load_maker(fits)(type("Inputs", (), {"subject": "s02"})())
+    (tmp_path / "s02").mkdir()
+    other = '{"method": "flashavatar", "seconds": 1, "config": {"steps": 2}}'
+    (tmp_path / "s02" / "result.json").write_text(other)
+    with pytest.raises(UserError, match="holds fits of 2 configurations"):
+        find_checkpoint("flashavatar", tmp_path)
 
 
-def test_a_protocol_without_a_checkpoint_is_refused(tiny_shards, tmp_path):
-    words = ["avat3r", "--protocol", "ava256-fewshot", "--data", str(tiny_shards), "--out", str(tmp_path)]
-    with pytest.raises(UserError, match="--protocol needs a checkpoint"):
-        evaluation.evaluate(words)
+def test_an_evaluation_of_what_is_not_there_is_refused(tiny_shards, tmp_path, capsys):
+    words = ["eval", "avat3r", "--data", str(tiny_shards), "--out", str(tmp_path)]
+    assert main(words) == 1
+    assert "holds neither fits of avat3r nor a finished training avat3r-cpu" in capsys.readouterr().err
+    assert main(["eval", "nearest-input", *words[2:], "--workers", "0"]) == 1
+    assert "--workers is 0; give 1 or more" in capsys.readouterr().err
+    assert main(["eval", "avat3r", str(tmp_path / "gone"), *words[2:]]) == 1
+    assert "gone is no folder" in capsys.readouterr().err

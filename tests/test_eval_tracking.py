@@ -15,7 +15,8 @@ from test_eval_rows import ROW
 
 from avatars.errors import UserError
 from eval.rows import row_folder, write_row
-from eval.tracking import TrainingRun, dashboard_command, flatten, log_evaluation, mark_ended, open_store
+from eval.runs import log_evaluation
+from eval.tracking import TrainingRun, dashboard_command, flatten, mark_ended, open_store
 from launch.preflight import free_port
 
 PARAMS = {"recipe": "tiny", "model": {"width": 8, "heads": [1, 2]}, "lr": 1e-3}
@@ -226,7 +227,7 @@ def results(tmp_path, rows):
     for row in rows:
         folder = row_folder(tmp_path, row.method, row.checkpoint, row.subject, row.protocol, row.protocol_id)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("sheet.png", "00-prediction.png", "00-target.png"):
+        for name in ("sheet.png", "00-prediction.png", "00-error.png", "00-target.png"):
             (folder / name).write_bytes(b"picture")
         write_row(row, tmp_path)
     return tmp_path
@@ -264,7 +265,8 @@ def test_an_evaluation_is_a_parent_with_a_child_a_subject(uri, tmp_path):
     client = open_store(uri)
     assert {f.path for f in client.list_artifacts(child.info.run_id)} == {"pictures", "row.json", "sheet.png"}
     assert [f.path for f in client.list_artifacts(child.info.run_id, "pictures")] == [
-        "pictures/00-prediction.png"
+        "pictures/00-error.png",
+        "pictures/00-prediction.png",
     ]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
 
