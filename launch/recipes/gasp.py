@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from avatars.gasp.config import GaspConfig
+from avatars.gasp.config import GaspConfig, small_model
 from launch.data import DemoCaptures
 from train.config import CheckpointConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 __all__ = ["gasp_prior", "gasp_prior_captures", "gasp_prior_cpu", "gasp_prior_one", "gasp_prior_tiny"]
-
-SMALL = GaspConfig(size=64, uv_resolution=64, code=64, width=128, layers=3)
 
 
 def gasp_prior() -> TrainConfig:
@@ -40,7 +38,7 @@ def gasp_prior_cpu() -> TrainConfig:
     return TrainConfig(
         recipe="gasp-prior-cpu",
         steps=1_200,
-        model=SMALL,
+        model=small_model(),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20, schedule="cosine", final_lr_fraction=0.05),
         data=DataConfig(micro_batch=1, views=4),
         checkpoint=CheckpointConfig(every=400, keep=1),
@@ -53,7 +51,7 @@ def gasp_prior_cpu() -> TrainConfig:
 def gasp_prior_one() -> TrainConfig:
     """`gasp-prior-cpu` of a single person, which is an ablation of the paper's."""
     base = gasp_prior_cpu()
-    return replace(base, recipe="gasp-prior-one", model=replace(SMALL, people=1))
+    return replace(base, recipe="gasp-prior-one", model=replace(small_model(), people=1))
 
 
 def gasp_prior_tiny() -> TrainConfig:
