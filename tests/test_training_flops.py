@@ -34,7 +34,7 @@ def test_checkpointing_counts_only_where_it_is_asked_for():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_counted(name):
-    assert step_flops(task_for(find_recipe(name))) > 1e8
+    assert step_flops(task_for(find_recipe(name))) > 1e7
 
 
 def test_the_peak_is_measured_once():
