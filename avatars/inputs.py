@@ -58,11 +58,22 @@ class InputSet:
         """Refuses what no picture of a head can have.
 
         Raises:
-            UserError: no pictures, a camera that is no rigid transform, or a value that is not finite.
+            UserError: no pictures, another number of cameras, masks or codes, a camera that is no rigid transform, or
+                a value that is not finite.
         """
         who = f"The input set of {self.subject}"
         if len(self) == 0:
             raise UserError(f"{who} has no picture; give at least one.")
+        counts = {
+            "cameras": len(self.cameras.K),
+            "masks": len(self.masks),
+            "expression codes": len(self.expressions),
+        }
+        for name, count in counts.items():
+            if count != len(self):
+                raise UserError(
+                    f"{who} has {len(self)} pictures and {count} {name}; give one to each picture."
+                )
         for name, values in (("K", self.cameras.K), ("world_to_camera", self.cameras.world_to_camera)):
             if not bool(torch.isfinite(values).all()):
                 raise UserError(f"{who} has a camera whose {name} is not finite; calibrate it again.")

@@ -41,6 +41,10 @@ class CreateOptions:
     """With --data: which of the person's input sets."""
     weights: Path | None = None
     """DUSt3R's file, for pictures without position maps; looked for in HEADSPLAT_WEIGHTS by default."""
+    feature_weights: Path | None = None
+    """The feature network's file, for a model trained with features; looked for in HEADSPLAT_WEIGHTS by default."""
+    feature_reduction: Path | None = None
+    """features-reduction.safetensors beside the training's shards, for a model trained with fewer channels."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; bf16 drives faster where the hardware has it."""
 
@@ -49,6 +53,7 @@ def create(words: list[str]) -> None:
     """`headsplat create MODEL AVATAR --pictures FOLDER`."""
     import torch
 
+    from avatars.avat3r import Avat3rMethod
     from avatars.method import load_method
 
     options = parse(CreateOptions, words, "create")
@@ -60,6 +65,10 @@ def create(words: list[str]) -> None:
     started = time.perf_counter()
     if method.needs_positions and inputs.positions is None:
         inputs = with_positions(inputs, options.weights)
+    if isinstance(method, Avat3rMethod) and method.feature_prior is not None and inputs.features is None:
+        inputs = with_features(
+            inputs, method.feature_prior, options.feature_weights, options.feature_reduction
+        )
     avatar = method.create(inputs)
     seconds = time.perf_counter() - started
     avatar.save(options.avatar)
@@ -121,6 +130,59 @@ def with_positions(inputs: InputSet, weights: Path | None) -> InputSet:
         confidence=confidence,
         provenance=inputs.provenance | {"prior": prior.name},
     )
+
+
+def with_features(inputs: InputSet, name: str, weights: Path | None, reduction: Path | None) -> InputSet:
+    """The same pictures with the features that a network was trained on.
+
+    Args:
+        inputs: pictures without features.
+        name: of the prior as shards name it, for example "dinov2-small:1a2b3c4d+pca64:5e6f7a8b".
+        weights: the feature network's file, or None to look for it.
+        reduction: the file of the principal components, where the name has some.
+
+    Raises:
+        UserError: nothing computes such features from pictures, or the network or the reduction is not here or is
+            another one.
+    """
+    from avatars.priors.reduction import Reduction
+    from avatars.priors.registry import FEATURE_PRIORS, find_network, load_feature_prior
+    from avatars.weights import MissingWeights
+
+    network_name, _, reduction_name = name.partition("+")
+    kind = network_name.partition(":")[0]
+    if kind not in FEATURE_PRIORS and not kind.startswith("sapiens-"):
+        raise UserError(
+            f"The model was trained on features ({name or 'nobody wrote down which'}) that cannot be computed from "
+            "pictures alone; take an input set from shards that have them, with --data, or another model."
+        )
+    reduce = None
+    if reduction_name:
+        if reduction is None:
+            raise UserError(
+                f"The model was trained on features with fewer channels ({reduction_name}); give with "
+                "--feature-reduction the features-reduction.safetensors that lies beside its training's shards."
+            )
+        reduce = Reduction.load(reduction)
+        if reduce.name != reduction_name:
+            raise UserError(
+                f"{reduction} holds the reduction {reduce.name}, and the model was trained on {reduction_name}."
+            )
+    try:
+        network = find_network(kind if kind in FEATURE_PRIORS else "sapiens", weights)
+    except MissingWeights as reason:
+        raise UserError(
+            f"The model was trained on features {name}, and making them needs {reason}"
+        ) from reason
+    prior = load_feature_prior(network)
+    if prior.name != network_name:
+        raise UserError(
+            f"{network.path} is {prior.name}, and the model was trained on the features of {network_name}; give that "
+            "file with --feature-weights."
+        )
+    features = prior(inputs.images) if reduce is None else reduce(prior(inputs.images))
+    print(f"Features by {name}", flush=True)
+    return replace(inputs, features=features, provenance=inputs.provenance | {"features": name})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Avat3r's network: what it must be equal to, whatever its weights are."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -315,3 +316,57 @@ def test_the_name_of_the_features_comes_from_the_shards(tiny_shards):
     named = replace(manifest, priors=replace(manifest.priors, features="made-up:1", feature_dim=32))
     assert settled(find_recipe("avat3r-cpu-full"), named).model.feature_prior == "made-up:1"
     assert settled(find_recipe("avat3r-cpu"), named) == find_recipe("avat3r-cpu")
+
+
+def test_the_wrong_number_of_pictures_is_told():
+    method, inputs = Avat3rMethod(trained(), "test-5"), input_set(some_views(7))
+    with pytest.raises(UserError, match="has 7 pictures and Avat3r takes 1 to 6"):
+        method.create(inputs)
+    with pytest.raises(UserError, match="has no picture"):
+        method.create(inputs.first(0))
+    with pytest.raises(UserError, match="has 7 pictures and 6 cameras; give one to each"):
+        method.create(replace(inputs, cameras=inputs.cameras[:6]))
+    assert len(method.create(inputs.first(6)).pictures) == 6
+
+
+def test_features_of_another_prior_are_refused():
+    config = replace(TINY, feature_dim=6, feature_prior="made-up:1")
+    method, inputs = Avat3rMethod(trained(config), "test-5"), input_set(some_views(2))
+    with pytest.raises(
+        UserError, match="features made-up:1 of 6 channels, and the input set of nobody has none"
+    ):
+        method.create(inputs)
+    for features, name in ((torch.zeros(2, 6, 4, 4), "made-up:2"), (torch.zeros(2, 5, 4, 4), "made-up:1")):
+        with pytest.raises(
+            UserError, match=f"nobody has {name} of {features.shape[1]}; features of two priors"
+        ):
+            method.create(replace(inputs, features=features, provenance={"features": name}))
+    fitting = replace(inputs, features=torch.zeros(2, 6, 4, 4), provenance={"features": "made-up:1"})
+    assert method.create(fitting).gaussians(torch.zeros(5)).means.isfinite().all()
+
+
+def test_a_model_of_another_recipe_is_refused(tmp_path):
+    trained().save(tmp_path, {"expression_kind": "test-5"})
+    described = json.loads((tmp_path / "model.json").read_text())
+
+    def written(**changes):
+        (tmp_path / "model.json").write_text(json.dumps(described | changes))
+
+    written(config=described["config"] | {"self_layers": 3})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors does not fit its model.json: it is of another recipe"
+    ):
+        Avat3rMethod.load(tmp_path)
+    written(config=described["config"] | {"heads": 3})
+    with pytest.raises(UserError, match="unknown fields heads"):
+        Avat3rMethod.load(tmp_path)
+    written(method="gasp")
+    with pytest.raises(UserError, match="describes a model of 'gasp', not of avat3r"):
+        Avat3rMethod.load(tmp_path)
+    written(provenance={})
+    with pytest.raises(UserError, match="lacks 'expression_kind'"):
+        Avat3rMethod.load(tmp_path)
+    written()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is not there"):
+        Avat3rMethod.load(tmp_path)

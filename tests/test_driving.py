@@ -1,12 +1,14 @@
 """Four pictures to an avatar, expressions to a video: the commands and the files they read."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published_weights import write_dust3r
+from published_weights import write_dust3r, write_sapiens
 
 from avatars import load_avatar
 from avatars.avat3r import Avat3r
@@ -14,10 +16,12 @@ from avatars.errors import UserError
 from avatars.export import load_gaussians
 from avatars.expressions import read_expressions
 from avatars.head.makehuman import ARKIT_NAMES
+from avatars.priors import Sapiens
+from avatars.priors.reduction import ReductionFit
 from eval.movies import frames, portrait_cameras
 from launch.cli import main
 from launch.recipes import find_recipe
-from shards import open_shards
+from shards import PriorMaps, PriorSettings, open_shards, write_with_priors
 from shards.photographs import read_photographs
 
 
@@ -215,3 +219,73 @@ def test_what_a_user_can_mend_is_told(
     stand = {"MODEL": str(model), "SHARDS": str(tiny_shards), "AVATAR": str(avatar)}
     assert main([stand.get(word, word) for word in words]) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def featured(tiny_shards, tmp_path_factory):
+    """Shards with three components of a small Sapiens' features, the two files, and a network that takes those."""
+    folder = tmp_path_factory.mktemp("featured")
+    file = write_sapiens(folder / "sapiens_clean.pth", grid=3)
+    network = Sapiens.load(file)
+    inputs = open_shards(tiny_shards, "train").read("s00").input_sets[0]
+    fit = ReductionFit(network.dim)
+    fit.add(network(inputs.images))
+    reduction = fit.result(3)
+    reduction.save(folder / "features-reduction.safetensors")
+    name = f"{network.name}+{reduction.name}"
+
+    def compute(inputs):
+        return PriorMaps(features=reduction(network(inputs.images)))
+
+    write_with_priors(tiny_shards, folder / "shards", compute, PriorSettings("depth", name, 3))
+    torch.manual_seed(0)
+    recipe = find_recipe("avat3r-tiny").model
+    model = Avat3r(replace(recipe, feature_dim=3, feature_prior=name))
+    for head in model.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.05)
+    model.save(folder / "model", {"expression_kind": "arkit-52"})
+    return folder
+
+
+def test_photographs_get_the_reduced_features_that_the_network_was_trained_on(
+    featured, photographs, tmp_path, capsys
+):
+    model = str(featured / "model")
+    theirs = ["create", model, str(tmp_path / "theirs"), "--data", str(featured / "shards")]
+    assert main(theirs) == 0
+    mine = ["create", model, str(tmp_path / "mine"), "--pictures", str(photographs)]
+    weights = ["--feature-weights", str(featured / "sapiens_clean.pth")]
+    reduction = ["--feature-reduction", str(featured / "features-reduction.safetensors")]
+    assert main([*mine, *weights, *reduction]) == 0
+    code = torch.rand(52)
+    made, expected = (load_avatar(tmp_path / who).gaussians(code) for who in ("mine", "theirs"))
+    assert torch.allclose(made.means, expected.means, atol=1e-4)  # shards keep features in 16 bits
+    assert load_avatar(tmp_path / "mine").provenance["features"].startswith("sapiens-128x2:")
+
+    def refused(*words):
+        assert main([*mine, *words]) == 1
+        return capsys.readouterr().err
+
+    assert "with fewer channels (pca3:" in refused(*weights)
+    assert "making them needs" in refused(*reduction)
+    other = write_sapiens(tmp_path / "other.pth", grid=4)
+    assert "trained on the features of sapiens-128x2:" in refused("--feature-weights", str(other), *reduction)
+    fit = ReductionFit(8)
+    fit.add(torch.randn(2, 8, 4, 4))
+    fit.result(3).save(tmp_path / "another.safetensors")
+    assert "holds the reduction pca3:" in refused(
+        *weights, "--feature-reduction", str(tmp_path / "another.safetensors")
+    )
+
+
+def test_features_that_no_picture_shows_are_refused(featured, photographs, tiny_shards, tmp_path, capsys):
+    path = tmp_path / "model" / "model.json"
+    shutil.copytree(featured / "model", path.parent)
+    described = json.loads(path.read_text())
+    described["config"]["feature_prior"] = "surface:makehuman"
+    path.write_text(json.dumps(described))
+    words = ["create", str(path.parent), str(tmp_path / "avatar")]
+    assert main([*words, "--pictures", str(photographs)]) == 1
+    assert "(surface:makehuman) that cannot be computed from pictures alone" in capsys.readouterr().err
+    assert main([*words, "--data", str(featured / "shards")]) == 1
+    assert "features of two priors" in capsys.readouterr().err

@@ -18,7 +18,9 @@ from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 
-__all__ = ["Avat3rAvatar", "Avat3rMethod", "views_of"]
+__all__ = ["MOST_VIEWS", "Avat3rAvatar", "Avat3rMethod", "views_of"]
+
+MOST_VIEWS = 6  # what the paper shows; attention over the tokens of all views grows with their square
 
 
 def views_of(inputs: InputSet) -> Views:
@@ -55,8 +57,14 @@ class Avat3rMethod:
             dtype: arithmetic of the network. Positions and cameras stay float32.
         """
         model = Avat3r.load(folder)
-        provenance = json.loads((Path(folder) / "model.json").read_text())["provenance"]
-        return cls(model.to(dtype), provenance["expression_kind"])
+        try:
+            kind = json.loads((Path(folder) / "model.json").read_text())["provenance"]["expression_kind"]
+        except KeyError as error:
+            raise UserError(
+                f"{Path(folder) / 'model.json'} lacks {error} and so the kind of expression code that drives it; "
+                "export the checkpoint again."
+            ) from None
+        return cls(model.to(dtype), kind)
 
     @property
     def expression_length(self) -> int:
@@ -73,12 +81,19 @@ class Avat3rMethod:
         """Whether its pictures must come with position maps."""
         return self.model.config.position_prior
 
+    @property
+    def feature_prior(self) -> str | None:
+        """Name of the prior whose feature maps its pictures must come with ("" for one that nobody wrote down), or
+        None for a network that takes none.
+        """
+        return self.model.config.feature_prior if self.model.config.feature_dim else None
+
     @torch.no_grad()
     def create(self, inputs: InputSet) -> Avat3rAvatar:
         """Encodes the pictures once.
 
         Raises:
-            UserError: the pictures' size, cameras or expression codes are not what the network takes.
+            UserError: the pictures' number, size, cameras, priors or expression codes are not what the network takes.
         """
         config = self.model.config
         if inputs.size != (config.size, config.size):
@@ -92,6 +107,12 @@ class Avat3rMethod:
                 f"{inputs.expression_kind}."
             )
         inputs.check()
+        if len(inputs) > MOST_VIEWS:
+            raise UserError(
+                f"The input set of {inputs.subject} has {len(inputs)} pictures and Avat3r takes 1 to {MOST_VIEWS}; "
+                "leave some out, or pack the shards with fewer --input-views."
+            )
+        self._check_features(inputs)
         views = views_of(inputs)
         return Avat3rAvatar(
             self.model,
@@ -102,6 +123,25 @@ class Avat3rMethod:
             self.expression_kind,
             inputs.provenance,
         )
+
+    def _check_features(self, inputs: InputSet) -> None:
+        """Refuses features of another prior than those that the network was trained on, or none where it needs some."""
+        config, own = self.model.config, inputs.provenance.get("features", "")
+        if not config.feature_dim:
+            return
+        wanted = f"features {config.feature_prior or 'of some prior'} of {config.feature_dim} channels"
+        if inputs.features is None:
+            raise UserError(
+                f"Avat3r was trained on pictures with {wanted}, and the input set of {inputs.subject} has none."
+            )
+        if inputs.features.shape[1] != config.feature_dim or (
+            config.feature_prior and own and own != config.feature_prior
+        ):
+            raise UserError(
+                f"Avat3r was trained on pictures with {wanted}, and the input set of {inputs.subject} has "
+                f"{own or 'some'} of {inputs.features.shape[1]}; features of two priors, or reduced otherwise, mean "
+                "different things."
+            )
 
 
 class Avat3rAvatar:

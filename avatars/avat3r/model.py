@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -364,10 +365,16 @@ class Avat3r(nn.Module):
         if values.get("method") != "avat3r":
             raise UserError(f"{description} describes a model of {values.get('method')!r}, not of avat3r.")
         model = cls(Avat3rConfig.from_json(values["config"]))
+        file = folder / "model.safetensors"
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise UserError(f"{folder / 'model.safetensors'} does not fit its model.json: {error}") from error
+            model.load_state_dict(load_file(file))
+        except FileNotFoundError:
+            raise UserError(f"{file} is not there; export the checkpoint again.") from None
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{file} does not fit its model.json: it is of another recipe or was changed. Export the checkpoint "
+                "again."
+            ) from error
         return model
 
 
