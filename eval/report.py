@@ -327,19 +327,36 @@ def _sheets(comparison: Comparison, results: Path) -> str:
     return f"<h3>Contact sheets</h3>{''.join(folds)}{more}"
 
 
+def _failure_lines(failures: list[Failure]) -> list[list[str]]:
+    """Headings and lines; what a fit has no use for has a column only where an evaluation failed."""
+    lines = [[f.method, f.checkpoint, f.protocol, f.subject, f.reason] for f in failures]
+    heads = ["method", "checkpoint", "protocol", "subject", "reason"]
+    shown = [
+        i for i, head in enumerate(heads) if head[:2] not in ("ch", "pr") or any(line[i] for line in lines)
+    ]
+    return [[line[i] for i in shown] for line in (heads, *lines)]
+
+
 def _failures(failures: list[Failure]) -> str:
+    heads, *rest = _failure_lines(failures)
     lines = (
-        f"<tr><th scope='row'>{html.escape(f.method)}</th><td>{html.escape(f.subject)}</td>"
-        f"<td style='text-align:left;white-space:normal'>{html.escape(f.reason)}</td></tr>"
-        for f in failures
+        f"<tr><th scope='row'>{html.escape(line[0])}</th>"
+        + "".join(f"<td class='words'>{html.escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in rest
     )
-    shown = _table(("method", "subject", "reason"), lines, "failures") if failures else "<p>None.</p>"
+    shown = _table(heads, lines, "failures") if failures else "<p>None.</p>"
     return f"<section id='failures'><h2>Failures</h2>{shown}</section>"
 
 
 def _failures_text(failures: list[Failure]) -> list[str]:
-    told = [f"- {f.method}, {f.subject}: {f.reason}" for f in failures] or ["None."]
-    return ["## Failures", "", *told, ""]
+    _, *lines = _failure_lines(failures)
+    return [
+        "## Failures",
+        "",
+        *([f"- {', '.join(line[:-1])}: {line[-1]}" for line in lines] or ["None."]),
+        "",
+    ]
 
 
 PUBLISHED = (

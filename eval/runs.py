@@ -186,10 +186,7 @@ def _log_run(
         params["recipe"] = checkpoint.recipe
         tags |= {"recipe": checkpoint.recipe, "checkpoint_hash": checkpoint.hash}
         tags |= {} if checkpoint.folder is None else {"folder": str(checkpoint.folder)}
-    # A client that lost the answer to "create" asks again, and the store may have made both: the newest is in use.
-    found = _find(client, experiment, {"kind": "evaluation", "run": run_key})
-    for orphan in found[1:]:
-        client.delete_run(orphan.info.run_id)
+    found = _only_one(client, experiment, _find(client, experiment, {"kind": "evaluation", "run": run_key}))
     if found:
         parent = found[0].info.run_id
         client.update_run(parent, status="RUNNING")
@@ -209,6 +206,23 @@ def _log_run(
         _log_row(client, experiment, parent, row, results, children)
     _log_means(client, experiment, parent)
     return parent
+
+
+def _only_one(client: MlflowClient, experiment: str, runs: list[Any]) -> list[Any]:
+    """Of several parents the one with the most children; the others are deleted.
+
+    A client that lost the answer to "create" asks again, and the store may have made both.
+    """
+    if len(runs) < 2:
+        return runs
+    children = {run.info.run_id: _find(client, experiment, {}, run.info.run_id) for run in runs}
+    kept = max(runs, key=lambda run: len(children[run.info.run_id]))
+    for run in runs:
+        if run is not kept:
+            for child in children[run.info.run_id]:
+                client.delete_run(child.info.run_id)
+            client.delete_run(run.info.run_id)
+    return [kept]
 
 
 def _log_row(
@@ -260,7 +274,7 @@ def _log_means(client: MlflowClient, experiment: str, parent: str) -> None:
     for run in _find(client, experiment, {}, parent):
         if f"{TAG}content" in run.data.tags:
             children.append(run)
-        else:  # its creation was asked for twice (see `_log_run`)
+        else:  # its creation was asked for twice
             client.delete_run(run.info.run_id)
     known = client.get_run(parent).data.metrics
     now, changed = int(time.time() * 1000), []
