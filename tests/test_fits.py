@@ -203,6 +203,41 @@ def test_what_no_picture_shows_keeps_the_colour_of_its_start(inputs):
     assert (moved[fit.seen] > 0).float().mean() > 0.9
 
 
+def test_pictures_of_a_step_share_an_expression_and_a_pass_has_all_of_them(inputs):
+    five = dataclasses.replace(
+        inputs,
+        images=inputs.images[[0, 1, 2, 3, 0, 1, 2]],
+        masks=inputs.masks[[0, 1, 2, 3, 0, 1, 2]],
+        cameras=inputs.cameras[[0, 1, 2, 3, 0, 1, 2]],
+        expressions=EXPRESSIONS[[0, 1, 0, 1, 0, 1, 2]],
+    )
+    fit = small(pictures_per_step=2).build(five)
+    passes = []
+    for number in range(3):
+        steps = []
+        for step in range(4):
+            fit.step = 4 * number + step
+            steps.append(fit._drawn())
+        assert sorted(picture for step in steps for picture in step) == list(range(7))
+        assert [len({int(fit.code_of[picture]) for picture in step}) for step in steps[:2]] == [1, 1]
+        assert [len(step) for step in steps] == [2, 2, 2, 1]
+        passes.append(steps)
+    assert passes[0] != passes[1] != passes[2]
+    fit.step = 4
+    assert fit._drawn() == passes[1][0]  # whatever came before
+    limited = small(pictures_per_step=2, most_a_pass=3).build(five)
+    assert len(limited._drawn()) == 2
+    limited.step = 1
+    assert len(limited._drawn()) == 1
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_pictures(inputs):
+    config = small(pictures_per_step=4, background="black", mouth_weight=0.0)
+    fit = config.build(inputs)
+    single = [fit._losses([picture])["huber"].item() for picture in range(4)]
+    assert fit.advance()["huber"] == pytest.approx(sum(single) / 4, rel=1e-5)
+
+
 def test_hiding_the_expression_depends_on_how_many_pictures_share_one(inputs):
     config = small(expression_dropout=0.5)
     assert config.build(inputs).dropout == 0.5

@@ -13,7 +13,7 @@ from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
 from avatars.flashavatar.network import OffsetNetwork, encode_position
 from avatars.gaussians import quaternion_to_matrix
-from avatars.head.uv import sample_uv
+from avatars.head.uv import open_rim, sample_uv
 from avatars.method import load_avatar
 
 SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
@@ -65,6 +65,26 @@ def test_excluded_triangles_leave_holes_and_hide_nothing():
     faces = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 2, 3]])
     samples = sample_uv(SQUARE, faces, 8, torch.tensor([True, False, False]))
     assert set(samples.triangles.tolist()) == {2}  # what triangle 0 had is dropped, not given to its twin
+
+
+def test_only_a_head_that_is_open_below_has_a_rim_without_gaussians():
+    egg = EggHead()  # its lowest ring ends in a hole
+    assert torch.equal(open_rim(egg.faces, egg.regions["boundary"]), egg.regions["boundary"])
+    closed = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
+    cap = torch.tensor([False, False, False, True])
+    assert open_rim(closed, cap) is None
+    assert torch.equal(open_rim(closed[1:], cap[1:]), cap[1:])  # its neighbour is gone
+    assert open_rim(closed, None) is None
+
+
+def test_the_network_sees_position_and_expression_together():
+    torch.manual_seed(0)
+    network = OffsetNetwork(encoding=9, expression=4, width=8, layers=2, zero_output=False)
+    encoded, expression = torch.randn(5, 9), torch.randn(4)
+    joined = torch.cat([encoded, expression.expand(5, -1)], -1)
+    torch.testing.assert_close(
+        network(encoded, expression), torch.tanh(network.output(network.hidden(joined)))
+    )
 
 
 def test_the_encoding_has_the_position_and_eight_octaves():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,32 +15,10 @@ from avatars.errors import UserError
 from avatars.flashavatar.config import FlashAvatarConfig
 from avatars.flashavatar.network import OffsetNetwork, encode_position
 from avatars.gaussians import Gaussians, quaternion_multiply
-from avatars.head.uv import sample_uv
+from avatars.head.mesh import HeadMesh
+from avatars.head.uv import open_rim, sample_uv
 
-__all__ = ["FlashAvatar", "HeadMesh"]
-
-
-class HeadMesh(Protocol):
-    """What a FlashAvatar needs of a parametric head; `ParametricHead` has it."""
-
-    faces: Tensor  # (F, 3)
-    uv: Tensor  # (U, 2)
-    uv_faces: Tensor  # (F, 3)
-    landmarks68: Tensor  # (68,) vertex ids
-
-    @property
-    def n_expression(self) -> int:
-        """Length of the expression code."""
-        ...
-
-    @property
-    def regions(self) -> dict[str, Tensor]:
-        """Masks (F,) bool of triangles; the one called "boundary", where there is one, gets no Gaussians."""
-        ...
-
-    def vertices(self, identity: Tensor, expression: Tensor) -> Tensor:
-        """(B, V, 3) in the head frame, metres, from (B, I) and (B, E)."""
-        ...
+__all__ = ["FlashAvatar"]
 
 
 class FlashAvatar(nn.Module):
@@ -77,9 +55,8 @@ class FlashAvatar(nn.Module):
         self.expression_kind = expression_kind
         self.provenance = dict(provenance or {})
 
-        # Pixels of the open rim (under the neck) show the inside of the head and are dropped, before the
-        # network.
-        self.samples = sample_uv(head.uv, head.uv_faces, config.uv_resolution, head.regions.get("boundary"))
+        dropped = open_rim(head.faces, head.regions.get("boundary"))
+        self.samples = sample_uv(head.uv, head.uv_faces, config.uv_resolution, dropped)
         count = len(self.samples)
         if count == 0:
             raise UserError(

@@ -49,6 +49,13 @@ class OffsetNetwork(nn.Module):
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that sees the position and the expression."""
+        layer = self.hidden[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def forward(self, encoded: Tensor, expression: Tensor) -> Tensor:
         """One row a Gaussian.
 
@@ -59,5 +66,8 @@ class OffsetNetwork(nn.Module):
         Returns:
             (N, 10) in (-1, 1).
         """
-        condition = expression.expand(len(encoded), -1)
-        return torch.tanh(self.output(self.hidden(torch.cat([encoded, condition], -1))))
+        # The first layer's product with the expression is the same in all rows: it is added as the layer's bias.
+        first, places = self.first, encoded.shape[1]
+        condition = nn.functional.linear(expression, first.weight[:, places:], first.bias)
+        inner = nn.functional.linear(encoded, first.weight[:, :places], condition)
+        return torch.tanh(self.output(self.hidden[1:](inner)))

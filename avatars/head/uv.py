@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from avatars.gaussians import matrix_to_quaternion
 from avatars.head.geometry import rasterize_uv
 
-__all__ = ["UVSamples", "sample_uv", "surface_frames"]
+__all__ = ["UVSamples", "open_rim", "sample_uv", "surface_frames"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,24 @@ def surface_frames(corners: Tensor, uv: Tensor, resolution: int) -> tuple[Tensor
     first = axes[..., 0]
     second = torch.linalg.cross(normals, first)
     return matrix_to_quaternion(torch.stack([first, second, normals], -1)), lengths, normals
+
+
+def open_rim(faces: Tensor, boundary: Tensor | None) -> Tensor | None:
+    """The triangles that get no Gaussians because they show the inside of a head that is open below.
+
+    FLAME is open at the neck, and the authors drop the pixels of its rim. The built-in head is closed there by a cap,
+    which is a surface like any other: pictures from below show it.
+
+    Args:
+        faces: (F, 3) triangles of the head.
+        boundary: (F,) bool, its region called "boundary", or None where it has none.
+
+    Returns:
+        `boundary` where one of its edges belongs to a single triangle, None otherwise.
+    """
+    if boundary is None or not bool(boundary.any()):
+        return None
+    pairs = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(dim=1).values  # (3F, 2)
+    _, which, count = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+    alone = (count[which] == 1).view(3, -1).any(0)
+    return boundary if bool((alone & boundary).any()) else None

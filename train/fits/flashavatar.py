@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from avatars.errors import UserError
 from avatars.flashavatar import FlashAvatar, FlashAvatarConfig, paper_model
-from avatars.flashavatar.avatar import HeadMesh
 from avatars.gaussians import Gaussians, rgb_to_sh
+from avatars.head.mesh import HeadMesh
 from avatars.head.uv import surface_frames
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
@@ -60,7 +60,8 @@ class FlashAvatarFitConfig:
     steps: int = 150_000
     """Optimiser steps."""
     pictures_per_step: int = 1
-    """Pictures rendered for one step."""
+    """Pictures rendered for one step; of one expression where it has so many, which the network and the head then
+    serve with one pass."""
     most_a_pass: int = 2_000
     """Pictures are drawn in passes, each in an order of its own; a pass takes at most so many, as the authors'."""
     checkpoint_every: int = 5_000
@@ -175,14 +176,31 @@ def flashavatar_cpu() -> FlashAvatarFitConfig:
 
 def flashavatar_gpu_many() -> FlashAvatarFitConfig:
     """`flashavatar_gpu` for hundreds of pictures: they say themselves how the expression moves the Gaussians."""
-    return replace(flashavatar_gpu(), steps=30_000, lpips_from=10_000, expression_dropout=0.0)
+    return replace(
+        flashavatar_gpu(),
+        steps=15_000,
+        pictures_per_step=4,
+        lpips_from=5_000,
+        expression_dropout=0.0,
+        keep_unseen_colors=False,
+    )
 
 
 def flashavatar_cpu_many() -> FlashAvatarFitConfig:
     """An avatar of the paper's 128² from hundreds of pictures of about 128 pixels; some minutes on one CPU core."""
     few = flashavatar_cpu()
     model = FlashAvatarConfig(uv_resolution=128, sh_degree=1, mlp_width=64, mlp_layers=3)
-    return replace(few, model=model, steps=4_000, checkpoint_every=500, expression_dropout=0.0)
+    return replace(
+        few,
+        model=model,
+        steps=2_000,
+        pictures_per_step=2,
+        checkpoint_every=250,
+        expression_dropout=0.0,
+        keep_unseen_colors=False,
+        rate_color=0.01,
+        rate_scale=0.03,
+    )
 
 
 class FlashAvatarFit:
@@ -248,6 +266,7 @@ class FlashAvatarFit:
         )
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.lpips = self._lpips()
+        self._order: tuple[int, list[int]] | None = None  # number of a pass, and its pictures
 
     def advance(self) -> dict[str, float]:
         """Renders a few of the pictures and takes a step towards them."""
@@ -256,11 +275,16 @@ class FlashAvatarFit:
         rates = [*self.rates.values(), config.rate_offsets]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
-        background = self._background()
         chosen = self._drawn()
-
-        parts = [self._losses(picture, background) for picture in chosen]
-        means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        rows = self.code_of[chosen].tolist()
+        groups = [
+            [picture for picture, row in zip(chosen, rows, strict=True) if row == one]
+            for one in dict.fromkeys(rows)
+        ]
+        parts = [(len(group) / len(chosen), self._losses(group)) for group in groups]
+        means = {
+            name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]
+        }
         loss = torch.stack(list(means.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -295,14 +319,14 @@ class FlashAvatarFit:
         """The pictures of this step; each pass goes through at most `most_a_pass` of them, in its own order."""
         count = len(self.inputs)
         a_pass = min(count, self.config.most_a_pass)
-        first = self.step * self.config.pictures_per_step
-        places = range(first, first + min(self.config.pictures_per_step, a_pass))
-        orders = {}
-        for number in {place // a_pass for place in places}:
+        a_step = min(self.config.pictures_per_step, a_pass)
+        number, place = divmod(self.step, -(-a_pass // a_step))
+        if self._order is None or self._order[0] != number:
             # A pure function of the seed and the pass: a fit that goes on needs no memory of it.
             generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + number)
-            orders[number] = torch.randperm(count, generator=generator)
-        return [int(orders[place // a_pass][place % a_pass]) for place in places]
+            pictures = torch.randperm(count, generator=generator)[:a_pass]
+            self._order = (number, _together(pictures, self.code_of.cpu(), a_step, generator))
+        return self._order[1][place * a_step : (place + 1) * a_step]
 
     def _posed(self, picture: int) -> Tensor:
         """(N, 3) points on the posed mesh of a picture."""
@@ -311,18 +335,20 @@ class FlashAvatarFit:
             return self.centers[row]
         return self.model.posed_centers(self.codes[row : row + 1])[0]
 
-    def _losses(self, picture: int, background: Tensor) -> dict[str, Tensor]:
+    def _losses(self, pictures: list[int]) -> dict[str, Tensor]:
+        """Means over pictures of one expression."""
         config, inputs = self.config, self.inputs
         degree = min(config.model.sh_degree, self.step // config.sh_every)
-        expression = inputs.expressions[picture]
+        background = self._background(len(pictures))
+        expression = inputs.expressions[pictures[0]]
         if self.dropout and float(torch.rand((), generator=self.generator)) < self.dropout:
             expression = torch.zeros_like(expression)
-        gaussians = self.model.deform(self._posed(picture), expression, degree)
-        camera = inputs.cameras[picture]
-        rendered = rasterize(gaussians, camera, inputs.size, background).image
-        image, mask = inputs.take([picture])
-        target = image + (1 - mask) * background[:, None, None]
-        mouth = mouth_masks(self.lips[self.code_of[picture]][None], camera, inputs.size)
+        gaussians = self.model.deform(self._posed(pictures[0]), expression, degree)
+        cameras = inputs.cameras[pictures]
+        rendered = rasterize(gaussians, cameras, inputs.size, background).image
+        image, mask = inputs.take(pictures)
+        target = image + (1 - mask) * background[:, :, None, None]
+        mouth = mouth_masks(self.lips[self.code_of[pictures]], cameras, inputs.size)
         losses = {"huber": nn.functional.huber_loss(rendered, target, delta=config.huber_delta)}
         if config.mouth_weight:
             inside = nn.functional.huber_loss(rendered * mouth, target * mouth, delta=config.huber_delta)
@@ -333,11 +359,12 @@ class FlashAvatarFit:
             )
         return losses
 
-    def _background(self) -> Tensor:
+    def _background(self, count: int) -> Tensor:
+        """(count, 3) colours."""
         colors = {"green": (0.0, 1.0, 0.0), "black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
         if self.config.background == "random":
-            return torch.rand(3, generator=self.generator).to(self.centers)
-        return torch.tensor(colors[self.config.background]).to(self.centers)
+            return torch.rand(count, 3, generator=self.generator).to(self.centers)
+        return torch.tensor(colors[self.config.background]).expand(count, 3).to(self.centers)
 
     def _vertices(self, pictures: Tensor) -> Tensor:
         """(P, V, 3) posed heads of some of the pictures."""
@@ -429,6 +456,28 @@ class FlashAvatarFit:
             model.log_scale.copy_((config.size * flat).log())
             neutral = model.posed_centers(torch.zeros_like(inputs.expressions[:1]))[0]
             model.sh_dc.copy_(rgb_to_sh(spread_colors(neutral, colors, weights, config.mirror))[:, None])
+
+
+def _together(pictures: Tensor, code_of: Tensor, a_step: int, generator: torch.Generator) -> list[int]:
+    """The pictures in an order in which those of a step share an expression, as far as there are so many.
+
+    Args:
+        pictures: (P,) in random order.
+        code_of: of every picture, which expression it has.
+        a_step: pictures of one step.
+        generator: shuffles the steps.
+    """
+    of_code: dict[int, list[int]] = {}
+    for picture in pictures.tolist():
+        of_code.setdefault(int(code_of[picture]), []).append(picture)
+    full = [
+        own[first : first + a_step]
+        for own in of_code.values()
+        for first in range(0, len(own) - a_step + 1, a_step)
+    ]
+    rest = [picture for own in of_code.values() for picture in own[len(own) - len(own) % a_step :]]
+    order = torch.randperm(len(full), generator=generator).tolist()
+    return [picture for index in order for picture in full[index]] + rest
 
 
 def _distinct(expressions: Tensor) -> tuple[Tensor, Tensor]:
