@@ -298,6 +298,15 @@ def test_a_half_precision_avatar_stays_close(tmp_path):
     assert not torch.equal(made.colors, full.colors)
 
 
+def test_half_precision_takes_features_as_they_are_stored():
+    config = replace(TINY, feature_dim=6)
+    model, views, code = trained(config), some_views(2, config), torch.randn(1, 5)
+    full = model(views, code).raw
+    half = model.to(torch.bfloat16)(views, code).raw
+    assert half.dtype == torch.bfloat16
+    assert (half - full).abs().amax() < 0.05 * full.abs().amax()
+
+
 def test_inputs_of_the_wrong_timesteps_are_refused(tiny_shards, tmp_path):
     manifest = Manifest.load(tiny_shards)
     base = find_recipe("avat3r-tiny")

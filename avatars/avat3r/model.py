@@ -250,7 +250,8 @@ class Avat3r(nn.Module):
         if self.config.feature_dim:
             if views.features is None:
                 raise UserError("This Avat3r was built for semantic features, and the input set has none.")
-            x = torch.cat([x, sample_at_patch_centres(views.features.flatten(0, 1), self.config.grid)], 1)
+            sampled = sample_at_patch_centres(views.features.flatten(0, 1), self.config.grid)
+            x = torch.cat([x, sampled.to(x.dtype)], 1)
         x = self.merge_features(x.flatten(2).transpose(1, 2)) + self.grid_embedding
         return self.norm_in(x).unflatten(0, (batch, n_views)).flatten(1, 2)
 
