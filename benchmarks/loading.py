@@ -8,15 +8,17 @@ The peers run in an environment of their own:
 
     python -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers/loading-requirements.txt
     python benchmarks/loading.py --peers PEERS/bin/python [--out FOLDER] [--seconds 5] [--rounds 3]
+
+The codecs that shards may have are compared on synthetic people: bytes, processor time and what is lost.
+
+    python benchmarks/loading.py --codecs
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,14 +27,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
+from record import arguments, write
 
 from shards import BatchLoader, Capture, Manifest, View, pack
+from shards.codecs import CODECS, decode_picture, encode_picture
 from shards.manifest import ShardInfo
 from shards.tarfiles import ShardReader
 
@@ -142,6 +145,44 @@ def measure_peer(python: Path, name: str, folder: Path, seconds: float, workers:
     return found
 
 
+def people(folder: Path) -> list[np.ndarray]:
+    """Eight views of each of two synthetic people."""
+    from shards import read_capture
+    from shards.synth import synthesize
+
+    synthesize(folder / "people", subjects=2, timesteps=1, views=8, size=SIZE)
+    captures = [read_capture(path) for path in sorted((folder / "people").iterdir()) if path.is_dir()]
+    views = [capture.view(0, v, depth=False) for capture in captures for v in range(8)]
+    return [view.image * (view.mask > 0)[..., None] for view in views if view is not None]
+
+
+def compare_codecs(pictures: list[np.ndarray], rounds: int) -> dict[str, dict[str, float | None]]:
+    """Bytes a picture, processor time to encode and decode it, and the head's PSNR (None where nothing is lost)."""
+    out = np.empty((SIZE, SIZE, 3), np.uint8)
+    found = {}
+    for codec in CODECS:
+        started = time.process_time()
+        coded = [encode_picture(picture, codec) for picture in pictures]
+        encoding = (time.process_time() - started) / len(pictures)
+        decoding, errors = [], []
+        for _ in range(rounds):
+            for data, picture in zip(coded, pictures, strict=True):
+                started = time.process_time()
+                decode_picture(data, out, codec, codec)
+                decoding.append(time.process_time() - started)
+                head = picture.any(-1)
+                errors.append(float(((out[head].astype(float) - picture[head]) ** 2).mean()))
+        error = statistics.mean(errors)
+        found[codec] = {
+            "kilobytes": round(sum(map(len, coded)) / len(coded) / 1000, 1),
+            "encode_cpu_ms": round(encoding * 1e3, 1),
+            "decode_cpu_ms": round(statistics.median(decoding) * 1e3, 2),
+            "psnr_of_head": round(10 * float(np.log10(255**2 / error)), 1) if error else None,
+        }
+        print(f"{codec:45s} {found[codec]}", flush=True)
+    return found
+
+
 START = """
 import json, sys, time, torch
 from shards import BatchLoader, Manifest
@@ -215,21 +256,22 @@ def resume(shards: Path, folder: Path, subjects: int = 244, timesteps: int = 500
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder for the result"
-    )
+    parser = arguments(str(__doc__))
     parser.add_argument("--peers", type=Path, help="the python of the peers' environment")
     parser.add_argument("--seconds", type=float, default=5, help="to measure each candidate for in a round")
     parser.add_argument("--rounds", type=int, default=3, help="the medians of how many rounds")
+    parser.add_argument("--codecs", action="store_true", help="compare codecs instead")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.codecs:
+            codecs = compare_codecs(people(folder), options.rounds)
+            content = {"what": f"views of two synthetic people, {SIZE} x {SIZE}", "codecs": codecs}
+            write("codecs", content, ("simplejpeg", "pillow", "numpy"), options.out)
+            return
         shards, pictures = make_data(folder)
         limit, ours = f"simplejpeg alone, {cores} threads", f"headsplat loader, {cores} threads"
         candidates: dict[str, Callable[[], dict[str, float]]] = {
@@ -265,10 +307,6 @@ def main() -> None:
             ratios[f"decoder / best peer by {key}: no loader can be more"] = round(
                 better(value[limit], best), 3
             )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    hardware = f"{platform.machine()}-{cores}cores"
     content = {
         "what": "pictures into uint8 batches of 32, 512 x 512 JPEG",
         "bytes_a_picture": round(sum(map(len, pictures)) / len(pictures)),
@@ -276,16 +314,10 @@ def main() -> None:
         "ratios": ratios,
         "start": started,
         "rounds": options.rounds,
-        "load_average": [load, os.getloadavg()[0]],
-        "commit": commit,
-        "hardware": hardware,
-        "versions": {
-            name: version(name) for name in ("torch", "webdataset", "simplejpeg", "pillow", "numpy")
-        },
+        "load_average_before": round(load, 2),
     }
     print(json.dumps({"ratios": ratios, "start": started}, indent=1))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"loading-{hardware}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write("loading", content, ("torch", "webdataset", "simplejpeg", "pillow", "numpy"), options.out)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class PackOptions:
     crop: Literal["head", "full"] = "head"
     """The largest square around the head, or the whole picture with black beside it where it is not square."""
     codec: Literal["jpeg", "png", "webp", "webp-lossless"] = "jpeg"
-    """Of the pictures; png and webp-lossless lose nothing and take two to five times as many bytes."""
+    """Of the pictures; png and webp-lossless lose nothing and take two to three times as many bytes as jpeg."""
     quality: int = 95
     """Of jpeg and webp, 1 to 100."""
     subsampling: Literal["444", "422", "420"] = "444"
