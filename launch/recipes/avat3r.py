@@ -46,7 +46,7 @@ def avat3r() -> TrainConfig:
 
 
 def avat3r_small() -> TrainConfig:
-    """Avat3r for one GPU or a workstation: 256 px, 6 + 6 layers, 46 M parameters.
+    """Avat3r for one GPU or a workstation: 256 px, 6 + 6 layers, 43 M parameters.
 
     The codes are those of our synthetic captures; `--model.expression-dim 256` takes Ava-256's.
     """
