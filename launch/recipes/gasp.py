@@ -39,7 +39,7 @@ def gasp_prior_cpu() -> TrainConfig:
         recipe="gasp-prior-cpu",
         steps=1_200,
         model=small_model(),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20, schedule="cosine", final_lr_fraction=0.05),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine", final_lr_fraction=0.05),
         data=DataConfig(micro_batch=1, views=4),
         checkpoint=CheckpointConfig(every=400, keep=1),
         precision="fp32",

@@ -92,8 +92,9 @@ def check_tracking(inputs: FitPictures, head: HeadMesh) -> None:
             f"The face of {who} is in none of the {len(inputs)} pictures: all show it from behind or from outside the "
             "picture, or the cameras or head poses belong to other pictures."
         )
-    if max(shares) < ON_MASK:
+    share = sum(shares) / len(shares)
+    if share < ON_MASK:
         raise UserError(
-            f"The tracking of {who} does not reproject: at best {max(shares):.0%} of the face's landmarks fall on the "
+            f"The tracking of {who} does not reproject: only {share:.0%} of the face's landmarks fall on the "
             "mask. Its cameras, head poses, identity code or masks belong to other pictures."
         )
