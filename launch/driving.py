@@ -13,6 +13,8 @@ from avatars.errors import UserError
 from launch.options import parse
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from avatars.inputs import InputSet
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from shards.reading import SubjectShards
 
 __all__ = ["create", "drive"]
+
+ACROSS, MOST_ON_SHEET = 6, 96
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,8 @@ class DriveOptions:
     avatar: Annotated[Path, tyro.conf.Positional]
     """Folder of an avatar of any method."""
     output: Annotated[Path, tyro.conf.Positional]
-    """NAME.mp4 for a video, else a folder of numbered files."""
+    """NAME.mp4 for a video, NAME.png for one sheet of all pictures under those that the avatar was made from, else a
+    folder of numbered files."""
     expressions: Path | None = None
     """Codes to show: .npy, .json or .csv (Live Link Face); a made-up smooth sequence by default."""
     data: Path | None = None
@@ -236,8 +241,12 @@ def drive(words: list[str]) -> None:
     started = time.perf_counter()
     if options.output.suffix == ".mp4":
         write_video(pictures, options.output, options.fps)
+    elif options.output.suffix == ".png":
+        write_sheet(getattr(avatar, "pictures", None), list(pictures), options.output)
     elif options.output.suffix:
-        raise UserError(f"{options.output}: end it in .mp4 for a video, or give a folder for single files.")
+        raise UserError(
+            f"{options.output}: end it in .mp4 for a video or in .png for one sheet, or give a folder for single files."
+        )
     else:
         options.output.mkdir(parents=True, exist_ok=True)
         if options.files == "png":
@@ -250,6 +259,48 @@ def drive(words: list[str]) -> None:
                 save_gaussians(avatar.gaussians(code), path, provenance=provenance)
     seconds = time.perf_counter() - started
     print(f"{options.output}: {len(codes)} expressions in {seconds:.1f} s, writing included")
+
+
+def write_sheet(made_from: Tensor | None, pictures: list[NDArray[np.uint8]], path: Path) -> None:
+    """One picture: what the avatar was made from in the first line, then what it shows, at most six to a line.
+
+    Args:
+        made_from: (N, 3, H, W) uint8, where the avatar keeps its pictures.
+        pictures: (S, S, 3) each.
+        path: the PNG file.
+
+    Raises:
+        UserError: more pictures than a sheet can show.
+    """
+    import io
+
+    from PIL import Image
+
+    from avatars.files import write_whole
+
+    if len(pictures) > MOST_ON_SHEET:
+        raise UserError(
+            f"{path}: a sheet shows up to {MOST_ON_SHEET} expressions and there are {len(pictures)}; choose some with "
+            "--expressions or --frames."
+        )
+    side, gap = pictures[0].shape[0], 4
+    given = (
+        [] if made_from is None else [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in made_from]
+    )
+    shown = [Image.fromarray(picture) for picture in pictures]
+    across = max(min(len(shown), ACROSS), len(given))
+    lines = [given] if given else []
+    lines += [shown[start : start + across] for start in range(0, len(shown), across)]
+    rule = 3 * gap if given else 0  # the line of inputs stands apart
+    size = (across * (side + gap) - gap, len(lines) * (side + gap) - gap + rule)
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    for number, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            x = column * (side + gap) + (across - len(line)) * (side + gap) // 2
+            sheet.paste(picture.resize((side, side)), (x, number * (side + gap) + (rule if number else 0)))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 def chosen_expressions(options: DriveOptions, avatar: Avatar) -> Tensor:

@@ -161,6 +161,19 @@ def test_a_folder_gets_pictures_or_gaussians_of_recorded_expressions(avatar, tin
     assert torch.allclose(read.means, expected.means, atol=1e-5)
 
 
+def test_a_sheet_shows_what_the_avatar_was_made_from_and_its_expressions(avatar, tmp_path):
+    path = tmp_path / "codes.json"
+    path.write_text(json.dumps([{"jawOpen": 0.1 * number} for number in range(8)]))
+    words = ["drive", str(avatar), str(tmp_path / "sheet.png"), "--expressions", str(path), "--size", "32"]
+    assert main([*words, "--sweep", "0"]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (3 * 36 - 4 + 12, 6 * 36 - 4, 3)  # four inputs, six expressions, two more
+    given = Image.fromarray(load_avatar(avatar).pictures[0].permute(1, 2, 0).numpy()).resize((32, 32))
+    assert np.array_equal(sheet[:32, 36:68], np.asarray(given))
+    (picture,) = frames(load_avatar(avatar), torch.zeros(1, 52), portrait_cameras(1, 32), 32)
+    assert np.array_equal(sheet[48:80, :32], picture)
+
+
 def test_expressions_are_read_from_what_a_phone_writes(tmp_path):
     path = tmp_path / "take.csv"
     path.write_text(
@@ -207,6 +220,7 @@ def test_names_mean_nothing_to_codes_of_another_kind(tmp_path):
         (["create", "MODEL", "out", "--pictures", "nowhere"], "pictures.json is not there"),
         (["drive", "nowhere", "out"], "holds no avatar.json"),
         (["drive", "AVATAR", "clip.avi"], "end it in .mp4"),
+        (["drive", "AVATAR", "clip.png", "--size", "16", "--frames", "97"], "shows up to 96 expressions"),
         (["drive", "AVATAR", "clip.mp4", "--size", "33"], "sides must be even"),
         (["drive", "AVATAR", "clip.mp4", "--size", "3"], "--size must be at least 16"),
         (["drive", "AVATAR", "out", "--background", "2", "0", "0"], "three numbers from 0 to 1"),
