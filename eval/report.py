@@ -26,12 +26,11 @@ from eval.tables import (
     Comparison,
     by_protocol,
     compared,
+    comparison_table,
     decimals,
     heading,
     markdown,
-    mean_cell,
     rounded,
-    table,
 )
 
 __all__ = ["write_report"]
@@ -81,7 +80,7 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
         )
         picture = folder / f"comparison-{_anchor(mine)}.png"
         sheet.save(picture)
-        text += [f"## {name}", "", table(mine, full=True), ""]
+        text += [f"## {name}", "", comparison_table(comparison, full=True), ""]
         text += _differences_text(comparison)
         text += [f"![methods side by side]({picture.name})", ""]
         body.append(_section(name, comparison, sheet, results))
@@ -128,7 +127,7 @@ def _means(comparison: Comparison) -> str:
         cells = []
         for key in comparison.keys:
             mark = " class='best'" if number == best[key] else ""
-            cell = _two_lines(mean_cell(key, columns[key][number], with_interval=True))
+            cell = _two_lines(comparison.cell(run, key, with_interval=True))
             cells.append(f"<td{mark}>{cell}</td>")
         cells += [f"<td>{rounded(run.create_seconds)}</td>", f"<td>{rounded(run.drive_fps)}</td>"]
         lines.append(f"<tr><th scope='row'>{html.escape(run.name)}</th>{''.join(cells)}</tr>")
@@ -166,8 +165,8 @@ def _table(heads: Iterable[str], lines: Iterable[str], what: str) -> str:
 
 def _difference_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of the table of paired differences from the first run."""
-    keys = [key for key in comparison.keys if comparison.differences(key)]
-    found = {key: comparison.differences(key) for key in keys}
+    found = comparison.differences
+    keys = list(found)
     lines = []
     for run in comparison.runs[1:]:
         lines.append(
@@ -230,7 +229,7 @@ def _speed_and_quality(comparison: Comparison) -> str:
     ]
     if len(dots) < 2:
         return ""
-    width, height, left, bottom = 640, 320, 56, 40
+    width, height, left, bottom, top = 640, 330, 56, 40, 30
     decades = [math.log10(fps) for _, fps, _ in dots]
     x_low, x_high = math.floor(min(decades)), max(math.ceil(max(decades)), math.floor(min(decades)) + 1)
     psnrs = [psnr for *_, psnr in dots]
@@ -242,12 +241,12 @@ def _speed_and_quality(comparison: Comparison) -> str:
         return left + (math.log10(fps) - x_low) / (x_high - x_low) * (width - left - 130)
 
     def y(psnr: float) -> float:
-        return height - bottom - (psnr - y_low) / (y_high - y_low) * (height - bottom - 20)
+        return height - bottom - (psnr - y_low) / (y_high - y_low) * (height - bottom - top)
 
     drawn = []
     for tick in range(x_low, x_high + 1):
         at = x(10.0**tick)
-        drawn.append(f"<line x1='{at:.1f}' y1='20' x2='{at:.1f}' y2='{height - bottom}'/>")
+        drawn.append(f"<line x1='{at:.1f}' y1='{top}' x2='{at:.1f}' y2='{height - bottom}'/>")
         drawn.append(f"<text x='{at:.1f}' y='{height - 22}' text-anchor='middle'>{10.0**tick:g}</text>")
     for count in range(round((y_high - y_low) / step) + 1):
         value = y_low + count * step
@@ -270,7 +269,8 @@ def _speed_and_quality(comparison: Comparison) -> str:
     )
     return (
         "<h3>Speed and quality</h3>"
-        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{told}'>{''.join(drawn)}</svg>"
+        "<div class='wide' tabindex='0' role='region' aria-label='speed and quality'>"
+        f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{told}'>{''.join(drawn)}</svg></div>"
     )
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from avatars.errors import UserError
-from eval.compare import Difference, interval, paired
+from eval.compare import Difference, differences, intervals
 from eval.metrics import DEFINITIONS
 from eval.rows import Row, check_one_protocol, mean_values
 
-__all__ = ["Comparison", "Run", "by_protocol", "compared", "markdown", "rounded", "table"]
+__all__ = [
+    "Comparison",
+    "Run",
+    "by_protocol",
+    "compared",
+    "comparison_table",
+    "markdown",
+    "rounded",
+    "table",
+]
 
 IN_MASK = ("psnr_masked", "ssim_masked")
 DECIMALS = {"psnr": 2, "psnr_masked": 2} | {key: 2 for key in DEFINITIONS if key.startswith("akd/")}
@@ -63,13 +73,45 @@ class Comparison:
     keys: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def differences(self, key: str) -> dict[str, Difference]:
-        """Every other run's name to its paired difference from the first; empty where the first has no number."""
-        reference = self.runs[0].values(key)
-        if reference is None:
-            return {}
-        found = {run.name: run.values(key) for run in self.runs[1:]}
-        return {name: paired(values, reference) for name, values in found.items() if values is not None}
+    @cached_property
+    def limits(self) -> dict[tuple[str, str], tuple[float, float] | None]:
+        """(run's name, metric) to the 95 % interval of its mean, where it has a number for every subject."""
+        found = {
+            (run.name, key): values
+            for run in self.runs
+            for key in self.keys
+            if (values := run.values(key)) is not None
+        }
+        return dict(zip(found, intervals(list(found.values())), strict=True))
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Difference]]:
+        """Metric to every other run's name to its paired difference from the first run.
+
+        Only metrics that the first and another run have numbers for.
+        """
+        pairs = {
+            (key, run.name): (values, reference)
+            for key in self.keys
+            if (reference := self.runs[0].values(key)) is not None
+            for run in self.runs[1:]
+            if (values := run.values(key)) is not None
+        }
+        computed = differences([one for one, _ in pairs.values()], [other for _, other in pairs.values()])
+        found: dict[str, dict[str, Difference]] = {}
+        for (key, name), difference in zip(pairs, computed, strict=True):
+            found.setdefault(key, {})[name] = difference
+        return found
+
+    def cell(self, run: Run, key: str, *, with_interval: bool) -> str:
+        """A mean with the metric's decimals and its interval where there is one; "n/a" without a number."""
+        values = run.values(key)
+        if values is None:
+            return "n/a"
+        digits = decimals(key)
+        mean = f"{statistics.fmean(values):.{digits}f}"
+        limits = self.limits[run.name, key] if with_interval else None
+        return mean if limits is None else f"{mean} ({limits[0]:.{digits}f} to {limits[1]:.{digits}f})"
 
 
 def compared(rows: Sequence[Row]) -> Comparison:
@@ -126,11 +168,15 @@ def table(rows: Sequence[Row], *, full: bool = False) -> str:
     Raises:
         UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
     """
-    comparison = compared(rows)
+    return comparison_table(compared(rows), full=full)
+
+
+def comparison_table(comparison: Comparison, *, full: bool = False) -> str:
+    """`table` of rows that were sorted already."""
     keys = [key for key in comparison.keys if full or key not in IN_MASK]
     lines = [["method", *map(heading, keys), "seconds to create", "frames a second"]]
     for run in comparison.runs:
-        numbers = [mean_cell(key, run.values(key), with_interval=full) for key in keys]
+        numbers = [comparison.cell(run, key, with_interval=full) for key in keys]
         lines.append([run.name, *numbers, rounded(run.create_seconds), rounded(run.drive_fps)])
     return "\n".join([markdown(lines), "", *comparison.notes])
 
@@ -171,16 +217,6 @@ def heading(key: str) -> str:
     return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}{unit}"
 
 
-def mean_cell(key: str, values: list[float] | None, *, with_interval: bool) -> str:
-    """A mean with the metric's decimals and its interval where there is one; "n/a" without a number."""
-    if values is None:
-        return "n/a"
-    digits = decimals(key)
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    limits = interval(values) if with_interval else None
-    return mean if limits is None else f"{mean} ({limits[0]:.{digits}f} to {limits[1]:.{digits}f})"
-
-
 def decimals(key: str) -> int:
     """Digits after the point that a metric is told with."""
     return DECIMALS.get(key, 3)
@@ -197,7 +233,9 @@ def _notes(rows: list[Row], runs: list[Run]) -> list[str]:
     subjects = len({row.subject for row in rows})
     pictures = sum(row.counts["pictures"] for row in runs[0].rows)
     notes = [f"{rows[0].protocol} {rows[0].protocol_id}: {subjects} subjects, {pictures} pictures a method."]
-    machines = sorted({f"{row.hardware}, {row.threads} threads" for row in rows})
+    machines = sorted(
+        {f"{row.hardware}, {row.threads} thread{'s' if row.threads > 1 else ''}" for row in rows}
+    )
     notes.append(f"Timed on {'; '.join(machines)}.")
     for key in _keys(rows):
         name = DEFINITIONS[key].label if key in DEFINITIONS else key

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avatars.errors import UserError
-from eval.compare import interval, paired
+from eval.compare import differences, interval, paired
 from eval.failures import note_failures, read_failures
 from eval.published import published
 
@@ -43,6 +43,22 @@ def test_a_paired_test_counts_signs():
     assert paired((base + 0.1 + 0.01 * np.arange(6)).tolist(), base.tolist()).p == pytest.approx(2 / 2**6)
     assert paired([1.0, 2.0], [1.0, 2.0]).p == 1.0
     assert paired([1.0, -1.0, 1.0, -1.0], [0.0] * 4).p == 1.0
+
+
+@pytest.mark.parametrize("subjects", [7, 40])
+def test_p_is_what_scipy_says(subjects):
+    from scipy.stats import permutation_test
+
+    rng = np.random.default_rng(5)
+    shifts = (0.0, 0.2, 0.4)
+    columns = [rng.normal(shift, 1, subjects).tolist() for shift in shifts]
+    found = differences(columns, [[0.0] * subjects] * len(shifts))
+    for values, ours in zip(columns, found, strict=True):
+        theirs = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=9999, rng=1)
+        assert ours.p == pytest.approx(theirs.pvalue, abs=0.02 if subjects > 13 else 1e-9)
+        alone = paired(values, [0.0] * subjects)
+        assert (alone.p, alone.mean) == (ours.p, ours.mean)
+        assert (alone.low, alone.high) == pytest.approx((ours.low, ours.high), rel=1e-12)
 
 
 def test_many_subjects_fit_into_memory():
