@@ -26,6 +26,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "create": ("launch.driving:create", "makes an avatar of a few pictures with cameras"),
     "drive": ("launch.driving:drive", "shows an avatar with other expressions: video, pictures, Gaussians"),
+    "template": (
+        "launch.editing:template",
+        "averages fits of all training people into FastAvatar's template",
+    ),
+    "interpolate": ("launch.editing:interpolate", "makes the people between two of FastAvatar's"),
+    "attributes": (
+        "launch.editing:attributes",
+        "finds how FastAvatar's latents move with age, hair and more",
+    ),
+    "edit": ("launch.editing:edit", "changes one attribute of a person that FastAvatar made"),
     "plan": (
         "launch.plan:plan",
         "tells memory, time, bandwidth, storage and cost of a training, without a GPU",

@@ -23,15 +23,34 @@ PAGES = ROOT / "docs" / "commands"
 # Pages in the order of the story; each uses what those before it have made.
 STORY = [
     *("doctor", "completion", "synth", "shards pack", "shards check", "shards info", "plan", "preflight"),
-    *("priors", "train", "launch", "export", "create", "drive", "view", "fit", "eval", "report", "dashboard"),
+    *(
+        "priors",
+        "train",
+        "launch",
+        "export",
+        "create",
+        "template",
+        "interpolate",
+        "drive",
+        "view",
+        "fit",
+        "eval",
+        "report",
+        "dashboard",
+    ),
 ]
-ELSEWHERE = {"demo": "test_readme.py runs `make demo`, which is nothing else"}
+ELSEWHERE = {
+    "demo": "test_readme.py runs `make demo`, which is nothing else",
+    "attributes": "test_fastavatar.py runs it, on more people than the story has",
+    "edit": "test_fastavatar.py runs it on the directions of `attributes`",
+}
 SERVERS = {"view": 8080, "dashboard": 5000}
 # Commands that start processes, set up a process group or Ray run as a user runs them; the others in this process.
-PROCESSES = {"priors", "train", "launch", "fit", "eval"}
+PROCESSES = {"priors", "train", "launch", "fit", "eval", "template"}
 
 TINY = {
     "avat3r-cpu": "avat3r-tiny",
+    "fastavatar-encoder-cpu": "fastavatar-encoder-tiny",
     "--subjects 8 --timesteps 6 --views 80 --size 128": "--subjects 2 --timesteps 6 --views 12 --size 48",
     "--size 128 --heldout 2": "--size 48 --heldout 1",
     "headsplat plan avat3r ": "headsplat plan avat3r-tiny ",

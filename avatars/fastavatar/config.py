@@ -133,6 +133,8 @@ class FastAvatarEncoderConfig(FastAvatarConfig):
     """Temperature of InfoNCE."""
     picture_weight: float = 0.0
     """Weight of the picture losses of what the encoder's w is decoded to (ours)."""
+    picture_views: int = 0
+    """Views of each person that are drawn for them; 0 for all of the batch's."""
     decoder_rate: float = 0.0
     """Learning rate of a given decoder as a share of the recipe's; 0 keeps it as it is, as the authors do."""
     shape_weight: float = 0.0

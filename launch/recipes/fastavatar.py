@@ -64,7 +64,7 @@ def fastavatar_decoder_cpu() -> TrainConfig:
         recipe="fastavatar-decoder-cpu",
         steps=1_500,
         model=FastAvatarDecoderConfig(
-            **vars(SMALL), latent_std=0.1, latent_rate=3.0, latent_decay=1e-3, shape_weight=0.1
+            **vars(SMALL), latent_std=0.02, latent_rate=3.0, latent_decay=1e-3, shape_weight=0.1
         ),
         optimizer=replace(COSINE, lr=2e-3),
         data=DataConfig(micro_batch=2, views=2),
@@ -112,7 +112,12 @@ def fastavatar_encoder_cpu() -> TrainConfig:
         recipe="fastavatar-encoder-cpu",
         steps=1_500,
         model=FastAvatarEncoderConfig(
-            **vars(SMALL), nce_weight=0.1, picture_weight=1.0, decoder_rate=0.3, shape_weight=0.1
+            **vars(SMALL),
+            nce_weight=0.1,
+            picture_weight=1.0,
+            picture_views=2,
+            decoder_rate=0.3,
+            shape_weight=0.1,
         ),
         optimizer=replace(COSINE, lr=1e-3),
         data=DataConfig(micro_batch=4, views=4),

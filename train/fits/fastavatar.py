@@ -86,9 +86,9 @@ def fastavatar_template_cpu() -> FastAvatarTemplateFitConfig:
     """Some thousand Gaussians of one colour each; seconds on one CPU core."""
     return FastAvatarTemplateFitConfig(
         model=FastAvatarConfig(uv_resolution=64, sh_degree=0),
-        steps=80,
+        steps=120,
         pictures_per_step=1,
-        checkpoint_every=40,
+        checkpoint_every=60,
         rate_offsets=5e-4,
     )
 

@@ -173,6 +173,9 @@ class EncoderWithLoss(Drawn):
                 for key, value in batch.items()
             }
             if config.picture_weight or not self.rows:
+                for key in ("target_images", "target_K", "target_world_to_camera"):
+                    # The last ones: the first is what the person was most likely decoded from.
+                    some[key] = some[key][:, -config.picture_views :]
                 drawn, told = self.picture_losses(made, made.identity, some)
                 loss = loss + (config.picture_weight or 1.0) * drawn
                 parts |= told
