@@ -1,10 +1,11 @@
 """FlashAvatar fits: how many an hour, how well two share a machine, how fast an avatar is driven, and how good it is.
 
     python benchmarks/fits.py [--out FOLDER] [--steps 100]      speed, about three minutes on two cores
-    python benchmarks/fits.py --quality [--part 1.0]            quality, about a quarter of an hour on two cores
+    python benchmarks/fits.py --quality [--part 1.0]            quality, about a quarter of an hour of one core
 
 Both work on synthetic people that are made first. `--quality` fits views, a video and three densities with the recipe
-for many pictures and measures views and expressions that were held out; `--part 0.1` takes a tenth of the steps.
+for many pictures and measures views and expressions that were held out; `--part 0.1` takes a tenth of the steps,
+`--workers 2` makes two fits at a time, and `--sheet FILE` draws what was measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from record import arguments, write
 
 from avatars.method import render
@@ -32,12 +34,18 @@ from train.fits.heldout import measure_held_out, off_axis_degrees
 from train.fits.pictures import from_capture
 
 SIZE = 128
-PEOPLE = (2, 4)  # a bald one and one with hair swept back
+PEOPLE = (2, 4)  # a bald one and one with hair
 TIMESTEPS = 12
 VIEWS = 40
+HELD_VIEWS = 16
+VIDEO_FRAMES, VIDEO_VIEWS = 40, 24  # a smooth sequence; all cameras but one are only measured from
 WARM_UP = 50
 ON_AXIS, OFF_AXIS = 30.0, 60.0  # degrees from straight before the face
 DENSITIES = (64, 128, 256)
+MEASURED_OF_FIT = (
+    32  # pictures of the fit itself that are measured, to tell what it cannot draw from what it overfits
+)
+SHOWN = (0, 0.3, 0.5, 0.7, 0.9)  # of the held-out pictures, ordered by their angle to the face's axis
 
 
 def device() -> str:
@@ -158,18 +166,20 @@ def speed(folder: Path, steps: int, frames: int) -> dict[str, Any]:
 
 def fitted(job: dict[str, Any]) -> dict[str, Any]:
     """One fit of the quality table, measured on what was held out of the views."""
-    torch.set_num_threads(job["threads"])
+    torch.set_num_threads(1)
     capture = read_capture(job["capture"])
-    _, held = from_capture(capture, job["held"])
-    pictures, _ = from_capture(capture, job["source"])
+    _, held = from_capture(capture, replace(job["source"], pictures="views"))
+    pictures, same_camera = from_capture(capture, job["source"])
     assert held is not None
+    assert same_camera is not None
     started = time.perf_counter()
     fit = job["config"].build(pictures, device())
     while fit.step < job["config"].steps:
         fit.advance()
     wait()
     seconds = time.perf_counter() - started
-    means, each = measure_held_out(fit.avatar(), held, device())
+    avatar = fit.avatar()
+    means, each = measure_held_out(avatar, held, device())
     angles = off_axis_degrees(held)
 
     def mean(keep: Any) -> float | None:
@@ -177,7 +187,8 @@ def fitted(job: dict[str, Any]) -> dict[str, Any]:
         numbers = [value for value in values if value is not None]
         return round(statistics.mean(numbers), 2) if numbers else None
 
-    return {
+    fitted_to, _ = measure_held_out(avatar, pictures.spread(MEASURED_OF_FIT), device())
+    result = {
         "name": job["name"],
         "subject": capture.subject,
         "pictures": len(pictures),
@@ -187,49 +198,92 @@ def fitted(job: dict[str, Any]) -> dict[str, Any]:
         "held_out": means,
         "psnr_on_axis": mean(lambda angle: angle <= ON_AXIS),
         "psnr_off_axis": mean(lambda angle: angle >= OFF_AXIS),
+        "psnr_fitted": round(fitted_to["psnr"], 2),
     }
+    if job["source"].pictures == "video":
+        result["psnr_same_camera"] = round(measure_held_out(avatar, same_camera, device())[0]["psnr"], 2)
+    return result | ({"drawn": drawn(avatar, held)} if job["draw"] else {})
 
 
-def quality(folder: Path, part: float) -> dict[str, Any]:
-    captures = synthesize(folder, subjects=PEOPLE, timesteps=TIMESTEPS, views=80, size=SIZE, progress=False)
-    views = FitSource("views", views=VIEWS, held_views=16, held_timesteps=0.25)
-    video = replace(views, pictures="video")
+@torch.no_grad()
+def drawn(avatar: Any, held: FitPictures) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pictures of an avatar and the true ones, (3, H, W) each, from before the face to behind the head."""
+    angles = off_axis_degrees(held)
+    order = sorted(range(len(held)), key=lambda picture: angles[picture])
+    found = []
+    for share in SHOWN:
+        picture = order[round(share * (len(order) - 1))]
+        image, _ = held.take([picture])
+        camera = held.cameras[picture].to(device=device())
+        expression = held.expressions[picture].to(device())
+        found.append((render(avatar, expression, camera, held.size).image[0].cpu(), image[0]))
+    return found
+
+
+def write_sheet(rows: list[dict[str, Any]], path: Path) -> None:
+    """The pictures of the rows: for each the true ones above, the avatar's below."""
+    strips = [
+        torch.cat([torch.stack(side) for side in zip(*row["drawn"], strict=True)][::-1], 2) for row in rows
+    ]  # (columns, 3, 2 H, W)
+    sheet = torch.cat([torch.cat(list(strip), 2) for strip in strips], 1)
+    pixels = (sheet.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path, quality=88)
+    print(path)
+
+
+def quality(folder: Path, part: float, workers: int, sheet: Path | None) -> dict[str, Any]:
+    captures = synthesize(
+        folder / "views", subjects=PEOPLE, timesteps=TIMESTEPS, views=80, size=SIZE, progress=False
+    )
+    videos = synthesize(
+        folder / "videos",
+        subjects=PEOPLE,
+        timesteps=VIDEO_FRAMES,
+        views=VIDEO_VIEWS,
+        size=SIZE,
+        motion="smooth",
+        progress=False,
+    )
+    views = FitSource("views", views=VIEWS, held_views=HELD_VIEWS, held_timesteps=0.25)
     config = recipe(part)
-    rows = [("40 views, 128²", views, config, captures)]
-    rows += [
-        (
-            f"40 views, {uv}²",
-            views,
-            replace(config, model=replace(config.model, uv_resolution=uv)),
-            captures[:1],
-        )
-        for uv in DENSITIES
-        if uv != 128
-    ]
-    rows += [("one camera, 128²", video, config, captures)]
-    workers = 1 if device() == "cuda" else 2
     jobs = [
-        {"name": name, "source": source, "held": views, "config": fit, "capture": str(capture), "threads": 1}
-        for name, source, fit, people in rows
-        for capture in people
+        {"name": f"{VIEWS} views, {uv}²", "source": views, "uv": uv, "capture": capture}
+        for uv in DENSITIES
+        for capture in (captures if uv == 128 else captures[:1])
     ]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        measured = list(pool.map(fitted, jobs))
+    jobs += [
+        {"name": "one camera, 128²", "source": replace(views, pictures="video"), "uv": 128, "capture": video}
+        for video in videos
+    ]
+    for job in jobs:
+        model = replace(config.model, uv_resolution=job.pop("uv"))
+        job |= {
+            "config": replace(config, model=model),
+            "capture": str(job["capture"]),
+            "draw": sheet is not None,
+        }
+    measured = []
     print(
         f"{'fit':18} {'person':7} {'pictures':>8} {'PSNR':>6} {'SSIM':>6} {'on axis':>8} {'off axis':>8} {'s':>6}"
     )
-    for row in measured:
-        held = row["held_out"]
-        print(
-            f"{row['name']:18} {row['subject']:7} {row['pictures']:8} {held['psnr']:6.2f} {held['ssim']:6.3f} "
-            f"{row['psnr_on_axis'] or 0:8.2f} {row['psnr_off_axis'] or 0:8.2f} {row['fit_seconds']:6.0f}"
-        )
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for row in pool.map(fitted, jobs):
+            held = row["held_out"]
+            print(
+                f"{row['name']:18} {row['subject']:7} {row['pictures']:8} {held['psnr']:6.2f} {held['ssim']:6.3f} "
+                f"{row['psnr_on_axis'] or 0:8.2f} {row['psnr_off_axis'] or 0:8.2f} {row['fit_seconds']:6.0f}",
+                flush=True,
+            )
+            measured.append(row)
+    if sheet is not None:
+        write_sheet([row for row in measured if "128²" in row["name"]], sheet)
     return {
-        "what": f"held-out views (16) and expressions (the last quarter of {TIMESTEPS}) of synthetic people, "
-        f"{SIZE} px, over black; on axis up to {ON_AXIS:g} degrees, off axis from {OFF_AXIS:g}",
+        "what": f"held-out views ({HELD_VIEWS}) and expressions (the last quarter of {TIMESTEPS}, of a video of "
+        f"{VIDEO_FRAMES}) of synthetic people, {SIZE} px, over black; on axis up to {ON_AXIS:g} degrees, off axis from "
+        f"{OFF_AXIS:g}",
         "recipe": asdict(config),
         "part": part,
-        "fits": measured,
+        "fits": [{name: value for name, value in row.items() if name != "drawn"} for row in measured],
     }
 
 
@@ -238,12 +292,15 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--quality", action="store_true", help="measure quality instead of speed")
     parser.add_argument("--part", type=float, default=1.0, help="share of the recipe's steps, for --quality")
+    parser.add_argument("--workers", type=int, default=1, help="fits at a time, for --quality")
+    parser.add_argument("--sheet", type=Path, help="JPEG of the pictures that were measured, for --quality")
     parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
     parser.add_argument("--frames", type=int, default=500, help="driven frames that are timed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.quality:
-            write("fits-quality", quality(Path(folder), options.part), ("torch", "gsplat"), options.out)
+            found = quality(Path(folder), options.part, options.workers, options.sheet)
+            write("fits-quality", found, ("torch", "gsplat"), options.out)
         else:
             write(
                 "fits",

@@ -21,7 +21,7 @@ from train.fits import RECIPES, FitSource
 from train.fits.fit import CHECKPOINT, fit_key, forget_checkpoint, run_fit
 from train.fits.flashavatar import FlashAvatarFitConfig
 from train.fits.look import neighbour_distance, sample_colors, spread_colors
-from train.fits.mouth import mouth_masks
+from train.fits.mouth import lip_points, mouth_masks
 
 EXPRESSIONS = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.5, 0.0]])
 DEGREES = [0.0, 45.0, -45.0, 10.0]
@@ -339,11 +339,13 @@ def test_spherical_harmonics_grow_with_the_schedule(inputs):
 def test_the_mouth_mask_covers_the_lips_from_the_front_and_nothing_from_behind():
     head = EggHead()
     vertices = head.vertices(torch.zeros(3, 2), torch.zeros(3, 3))
-    landmarks = vertices[:, head.landmarks68]
+    points, margin = lip_points(head)
+    lips = vertices[:, points]
+    assert margin > 1
     cameras = cameras_around([0.0, 30.0, 180.0], 64)
-    masks = mouth_masks(landmarks, cameras, (64, 64))
+    masks = mouth_masks(lips, cameras, (64, 64))
     for view in (0, 1):
-        pixels, _ = cameras[view].project(landmarks[view, 48:60])
+        pixels, _ = cameras[view].project(lips[view])
         x, y = pixels[0].mean(0).long().tolist()
         assert masks[view, 0, y, x] == 1
         assert 0.005 < masks[view].mean() < 0.1

@@ -197,9 +197,9 @@ class FlashAvatar(nn.Module):
             )
         state = load_file(folder / "avatar.safetensors")
         if head is None:
-            from avatars.head import ParametricHead
+            from avatars.head.tracked import load_head
 
-            head = ParametricHead.load(config.head)
+            head = load_head(config.head)
         avatar = cls(
             config, head, state["identity"], description["expression_kind"], description["provenance"]
         )

@@ -20,7 +20,7 @@ class FlashAvatarConfig:
     """
 
     head: str = "makehuman"
-    """Name of the parametric head that carries the Gaussians."""
+    """Name of the parametric head that carries the Gaussians, as `avatars.head.tracked.load_head` knows it."""
     uv_resolution: int = 128
     """Side of the UV map in pixels; every covered pixel is a Gaussian."""
     sh_degree: int = 3

@@ -130,7 +130,8 @@ def build(folder: Path) -> dict[str, NDArray]:
     if directions.shape[:2] != (n, 3) or weights.shape != (n, SKINNED) or regressor.shape != (SKINNED, n):
         raise UserError(f"{model_path} has arrays of unexpected shapes; it is not a FLAME head")
     n_shape = N_SHAPE if directions.shape[2] > N_SHAPE else directions.shape[2] // 2
-    template = template - (template.min(axis=0) + template.max(axis=0)) / 2
+    origin = (template.min(axis=0) + template.max(axis=0)) / 2
+    template = template - origin
     basis = directions.transpose(2, 0, 1)  # (C, V, 3)
     # Joints are regressed from the shaped vertices, expression included: linear, so they ride along as points.
     points = np.concatenate([template, regressor[1:] @ template])
@@ -155,6 +156,7 @@ def build(folder: Path) -> dict[str, NDArray]:
         "region_masks": masks,
         "landmarks68": np.zeros(0, np.int64),
         "boundary_vertices": boundary,
+        "origin": origin.astype(np.float32),  # what brings vertices back to FLAME's own frame
     }
 
 

@@ -17,7 +17,7 @@ from avatars.head.uv import surface_frames
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
 from train.fits.look import neighbour_distance, sample_colors, spread_colors
-from train.fits.mouth import OUTER_LIPS, mouth_masks
+from train.fits.mouth import lip_points, mouth_masks
 from train.fits.perceptual import load_lpips
 from train.fits.pictures import FitPictures
 
@@ -221,9 +221,9 @@ class FlashAvatarFit:
         inputs = FitPictures.of(inputs)
         identity = _tracked_identity(config, inputs)
         if head is None:
-            from avatars.head import ParametricHead
+            from avatars.head.tracked import load_head
 
-            head = ParametricHead.load(config.model.head)
+            head = load_head(config.model.head)
         if inputs.expressions.shape[1] != head.n_expression:
             raise UserError(
                 f"The pictures of {inputs.subject} have {inputs.expression_kind} codes of "
@@ -238,7 +238,7 @@ class FlashAvatarFit:
             )
         self.config = config
         self.step = 0
-        self.notes: list[str] = []
+        self.notes: list[str] = list(getattr(head, "notes", ()))
         self.inputs = inputs.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -247,7 +247,7 @@ class FlashAvatarFit:
         self.codes, self.code_of = _distinct(self.inputs.expressions)  # (D, E), and of each picture its row
         self.dropout = config.expression_dropout * len(self.codes) / len(self.inputs)
         self.centers = self.model.posed_centers(self.codes[:MOST_POSED])  # (at most D, N, 3)
-        self.lips = self._lips()  # (D, 68, 3)
+        self.lips = self._lips()  # (D, L, 3)
         self._first_look()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rates = {
@@ -372,26 +372,28 @@ class FlashAvatarFit:
         return self.model.head.vertices(identity, self.inputs.expressions[pictures])
 
     def _lips(self) -> Tensor:
-        """(D, 68, 3) landmarks of each expression.
+        """(D, L, 3) points whose outline is that of the mouth, for each expression.
 
         Raises:
-            UserError: no picture shows the face.
+            UserError: no picture shows the face, or the head does not say where its lips are.
         """
         model, inputs = self.model, self.inputs
-        landmarks = torch.cat(
+        points, margin = lip_points(model.head)
+        lips = torch.cat(
             [
-                model.head.vertices(model.identity.expand(len(codes), -1), codes)[:, model.head.landmarks68]
+                model.head.vertices(model.identity.expand(len(codes), -1), codes)[:, points]
                 for codes in self.codes.split(MOST_POSED)
             ]
         )
-        middle = landmarks[self.code_of][:, OUTER_LIPS].mean(1)  # (P, 3)
+        lips = lips.mean(1, keepdim=True) + margin * (lips - lips.mean(1, keepdim=True))
+        middle = lips[self.code_of].mean(1)  # (P, 3)
         facing = (inputs.cameras.centers - middle)[:, 2] > 0  # +z comes out of the face
         height, width = inputs.size
         for picture in facing.nonzero()[:, 0].tolist():
             pixels, depth = inputs.cameras[picture].project(middle[picture, None])
             x, y = pixels[0, 0].tolist()
             if float(depth) > 0 and 0 <= x < width and 0 <= y < height:
-                return landmarks
+                return lips
         raise UserError(
             f"The face of {inputs.subject} is in none of the {len(inputs)} pictures: all show it from behind, or the "
             "cameras or head poses belong to other pictures."

@@ -92,6 +92,22 @@ class FitPictures:
         index = torch.as_tensor(pictures, dtype=torch.long, device=self.images.device)
         return _floats(self.images[index]), _floats(self.masks[index])
 
+    def spread(self, count: int) -> FitPictures:
+        """At most `count` of the pictures, evenly spread."""
+        kept = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+        places = kept.tolist()
+        return replace(
+            self,
+            images=self.images[kept],
+            masks=self.masks[kept],
+            cameras=self.cameras[kept],
+            expressions=self.expressions[kept],
+            provenance={
+                key: [value[place] for place in places] if key in ("timesteps", "camera_ids") else value
+                for key, value in self.provenance.items()
+            },
+        )
+
     def to(self, device: str) -> FitPictures:
         """The same pictures on `device`."""
         return replace(
