@@ -87,6 +87,8 @@ class DataConfig:
     """Target views of an example."""
     input_timesteps: Literal["different", "same"] = "different"
     """What the shards' input sets must be made of: pictures of different timesteps, or all of the same."""
+    color_jitter: float = 0.0
+    """Brightness, gamma and saturation of an example's pictures change by factors up to 1 plus this; 0 for none."""
     seed: int = 0
     """Seed of the plan."""
     threads: int = 2
@@ -97,6 +99,10 @@ class DataConfig:
     """Gigabytes of copies in that folder; the least recently used make room."""
     tolerate: int = 0
     """Shards of a rank that cannot be read and are put aside, with a word, before one more ends the run."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.color_jitter <= 3:
+            raise UserError(f"--data.color-jitter is {self.color_jitter}; give 0 for none, or up to 3.")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 
 from avatars.errors import UserError
+from train.augment import jittered
 from train.config import TrainConfig, learning_rate
 from train.endings import Preempted, SharedFailure
 from train.guards import DATA, RECOVERY, StopSignal, Watch, require_finite
@@ -132,7 +133,7 @@ def accumulate(t: Training, progress: float) -> Tally:
         t.watch.enter("forward and backward", t.config.guard.step_seconds)
         batch = {k: v.to(t.engine.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         try:
-            loss, parts = t.engine(batch | {"progress": progress})
+            loss, parts = t.engine(jittered(batch, t.config.data.color_jitter) | {"progress": progress})
         except UserError as error:
             raise UserError(f"Examples {', '.join(batch['ids'])}: {error} {RECOVERY}") from error
         counts = t.gate is None or math.isfinite(float(loss.detach()))
