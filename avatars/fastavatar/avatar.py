@@ -46,7 +46,7 @@ class FastAvatar:
         expression_kind: what drives it.
         latent: (d,) the w that it was decoded from, None for a fit.
         network: fingerprint of the decoder that w belongs to, empty for a fit.
-        variant: how it was made where that must not be mixed with others in a table, such as "guided".
+        variant: how it was made where that must not be mixed with others in a table; empty for most.
     """
 
     method = "fastavatar"
@@ -70,7 +70,7 @@ class FastAvatar:
         self.latent, self.network, self.variant = latent, network, variant
         self.provenance = dict(provenance or {})
         self._head = load_head(head, str(identity.device))
-        self._seats = seats_of(self._head, uv_resolution)
+        self._seats = seats_of(self._head, uv_resolution).to(identity.device)
         if len(self._seats) != len(local.offsets):
             raise UserError(
                 f"This FastAvatar has {len(local.offsets)} Gaussians and the head {head!r} seats {len(self._seats)}; "

@@ -18,6 +18,9 @@ from avatars.inputs import InputSet
 __all__ = ["FastAvatarMethod"]
 
 
+GUIDED = "guided by the person's tracked head"
+
+
 class FastAvatarMethod:
     """Makes avatars in one forward pass, from the **first** picture of an input set and nothing else.
 
@@ -145,7 +148,7 @@ class FastAvatarMethod:
     def create_guided(self, inputs: InputSet) -> FastAvatar:
         """The same on the head that multi-view tracking found for this person, as the authors' guided mode has it.
 
-        Such an avatar knows more than its picture; its variant "guided" keeps it out of tables of the others.
+        Such an avatar knows more than its picture; its variant keeps its rows out of tables of the others.
 
         Raises:
             UserError: as `create`; the pictures are not tracked with this head.
@@ -159,6 +162,6 @@ class FastAvatarMethod:
             )
         more = {name: getattr(avatar, name) for name in ("head", "uv_resolution", "expression_kind")}
         return FastAvatar(
-            replace(avatar.local), identity, latent=avatar.latent, network=avatar.network, variant="guided",
+            replace(avatar.local), identity, latent=avatar.latent, network=avatar.network, variant=GUIDED,
             provenance=avatar.provenance, **more,
         )  # fmt: skip

@@ -182,7 +182,6 @@ class FastAvatarTemplateFit:
             head=self.config.model.head,
             uv_resolution=self.config.model.uv_resolution,
             expression_kind=self.inputs.expression_kind,
-            variant="fitted",
             provenance=self.inputs.provenance,
         )
 
