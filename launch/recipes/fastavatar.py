@@ -53,6 +53,7 @@ def fastavatar_decoder() -> TrainConfig:
         data=DataConfig(micro_batch=1, views=1, threads=4),
         checkpoint=CheckpointConfig(every=20_000, keep=2),
         precision="fp32",
+        zero_stage=0,  # a few megabytes of weights: nothing to spread
         ranks_without_gpu=1,
         log_every=100,
     )
@@ -101,6 +102,7 @@ def fastavatar_encoder() -> TrainConfig:
         data=DataConfig(micro_batch=4, views=16, threads=4),
         checkpoint=CheckpointConfig(every=5_000, keep=2),
         precision="fp32",
+        zero_stage=0,  # a few megabytes of weights: nothing to spread
         ranks_without_gpu=1,
         log_every=100,
     )
