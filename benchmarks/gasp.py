@@ -48,6 +48,7 @@ SIZE = 64
 PRIORS = (1, 8, 32, 64)
 POPULATION = 100  # seed of the prior's people
 OTHERS = 9  # seed of those before the other renderer
+MOST_OTHERS = 4  # a path-traced person takes a minute
 SETTINGS = ("same renderer", "other renderer")
 WARM_UP = 20
 
@@ -238,10 +239,10 @@ def prepare(work: Path, population: Path | None, people: int) -> tuple[Path, Pat
     if population is None:
         population = work / "population"
         synthesize(population, subjects=count, timesteps=3, views=24, size=SIZE, seed=POPULATION)
-    others = work / "others"
+    others, few = work / "others", min(people, MOST_OTHERS)
     synthesize(
         others,
-        subjects=people,
+        subjects=few,
         timesteps=2,
         views=16,
         size=SIZE,
@@ -250,14 +251,14 @@ def prepare(work: Path, population: Path | None, people: int) -> tuple[Path, Pat
         quality="path",
     )
     folders = []
-    for name, captures, training in (
-        ("population", population, max(PRIORS)),
-        ("others", others, 0),
+    for name, captures, training, unseen_people in (
+        ("population", population, max(PRIORS), people),
+        ("others", others, 0, few),
     ):
         out = work / "shards" / f"{name}-{people}"
         if not (out / "manifest.json").is_file():
             chosen = sorted(path for path in captures.iterdir() if (path / "capture.json").is_file())
-            read = [read_capture(path) for path in chosen[: training + people]]
+            read = [read_capture(path) for path in chosen[: training + unseen_people]]
             held = [capture.subject for capture in read[training:]]
             pack(read, out, size=SIZE, heldout=held, input_sets=1, n_inputs=1, prior="none")
         folders.append(out)

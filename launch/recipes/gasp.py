@@ -61,7 +61,7 @@ def gasp_prior_tiny() -> TrainConfig:
         base,
         recipe="gasp-prior-tiny",
         steps=20,
-        model=GaspConfig(size=48, uv_resolution=24, code=8, width=16, layers=2),
+        model=GaspConfig(size=48, uv_resolution=24, code=8, width=48, layers=3),
         data=DataConfig(micro_batch=1, views=2),
         checkpoint=CheckpointConfig(every=10, keep=2),
         log_every=5,
