@@ -22,6 +22,7 @@ def pack_folders(
     folders: Sequence[Path],
     out: str | Path,
     *,
+    heldout: int | Sequence[str],
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
@@ -35,6 +36,7 @@ def pack_folders(
     Args:
         folders: captures.
         out: folder for the shards.
+        heldout: names of the subjects to hold out from training, or how many: the last by name.
         workers: shards packed at the same time, each by one process with one CPU. 1 packs in this process
             without Ray.
         progress: called with a line of text after each shard.
@@ -49,8 +51,15 @@ def pack_folders(
     if workers < 1:
         raise UserError(f"{workers} workers pack nothing. Give 1 or more.")
     captures = [read_capture(folder) for folder in folders]
+    subjects = sorted(capture.subject for capture in captures)
+    if isinstance(heldout, int):
+        if not 0 <= heldout <= len(subjects):
+            raise UserError(
+                f"heldout is {heldout} of {len(subjects)} subjects; give a number from 0 to {len(subjects)}."
+            )
+        heldout = subjects[len(subjects) - heldout :]
     if workers == 1:
-        return pack(captures, out, progress=progress, **settings)
+        return pack(captures, out, heldout=heldout, progress=progress, **settings)
     places = {
         id(capture): str(Path(folder).resolve()) for capture, folder in zip(captures, folders, strict=True)
     }
@@ -80,7 +89,7 @@ def pack_folders(
             )
         return [outcome.value for outcome in outcomes]
 
-    return pack(captures, out, pack_shards=on_ray, **settings)
+    return pack(captures, out, heldout=heldout, pack_shards=on_ray, **settings)
 
 
 def _pack_one(arguments: dict[str, Any], report: Report) -> Receipt:

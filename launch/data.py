@@ -108,6 +108,8 @@ class PackOptions:
     """Folder of captures, one folder a subject."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write the shards into."""
+    sequence: str | None = None
+    """Which sequence of each of NeRSemble's participants, where they have several."""
     size: int = 512
     """Side of the packed pictures in pixels."""
     heldout: int = 1
@@ -198,23 +200,14 @@ def pack_folder(options: PackOptions) -> Manifest:
         UserError: the folder is not there or holds no captures.
     """
     from cluster.packing import pack_folders
+    from shards import find_captures
 
-    if not options.captures.is_dir():
-        raise UserError(
-            f"{options.captures} is not there. Name a folder of captures, or make one: headsplat synth."
-        )
-    folders = sorted(f for f in options.captures.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
-        raise UserError(
-            f"{options.captures} holds no captures. Make some with `headsplat synth {options.captures}`."
-        )
-    last = [folder.name for folder in folders[len(folders) - options.heldout :]]
     return pack_folders(
-        folders,
+        find_captures(options.captures, options.sequence),
         options.out,
         workers=options.workers,
         size=options.size,
-        heldout=list(options.heldout_subjects) or last,
+        heldout=options.heldout_subjects or options.heldout,
         input_sets=options.input_sets,
         n_inputs=options.input_views,
         input_timesteps=options.input_timesteps,

@@ -1,6 +1,6 @@
 """Captures in, WebDataset shards out, training batches out of those."""
 
-from shards.capture import Capture, View, read_capture
+from shards.capture import Capture, View, find_captures, read_capture
 from shards.checking import Finding, check
 from shards.contents import Contents, contact_sheet, info
 from shards.loading import BatchLoader, to_float
@@ -29,6 +29,7 @@ __all__ = [
     "View",
     "check",
     "contact_sheet",
+    "find_captures",
     "info",
     "input_sets",
     "open_shards",

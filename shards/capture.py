@@ -17,7 +17,7 @@ from avatars.errors import UserError
 if TYPE_CHECKING:
     from avatars.cameras import Cameras
 
-__all__ = ["Capture", "View", "read_capture"]
+__all__ = ["Capture", "View", "find_captures", "read_capture"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,42 @@ class Capture(ABC):
 
         K, world_to_camera = self.camera_matrices(t)
         return Cameras(torch.from_numpy(K).float(), torch.from_numpy(world_to_camera).float())
+
+
+def find_captures(folder: str | Path, sequence: str | None = None) -> list[Path]:
+    """The captures in a folder: its folders, and of those that are participants of NeRSemble one sequence each.
+
+    Args:
+        folder: whose folders are captures, or participants with a folder `sequences`.
+        sequence: which sequence to take of each participant; may be left out where they have only one.
+
+    Raises:
+        UserError: the folder is not there or holds no folders, or it is not clear which sequence is meant.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there. Name a folder of captures, or make one: headsplat synth.")
+    found = []
+    for path in _folders(folder):
+        names = (
+            [other.name for other in _folders(path / "sequences")] if (path / "sequences").is_dir() else None
+        )
+        if names is None:
+            found.append(path)
+        elif sequence in names or (sequence is None and len(names) == 1):
+            found.append(path / "sequences" / (sequence or names[0]))
+        else:
+            raise UserError(
+                f"{path} has the sequences {', '.join(names) or '(none)'}; name one that every participant has"
+                " with --sequence."
+            )
+    if not found:
+        raise UserError(f"{folder} holds no captures. Make some with `headsplat synth {folder}`.")
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def read_capture(path: str | Path) -> Capture:

@@ -481,12 +481,12 @@ def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
         if len(capture.timestep_ids) <= different:
             raise UserError(
                 f"{capture.capture_id} has {len(capture.timestep_ids)} timesteps; {different} input timesteps"
-                " and a target need at least one more. Record more, or lower n_inputs."
+                " and a target need at least one more. Record more, or lower --input-views (n_inputs)."
             )
         if same and len(capture.camera_ids) < settings.n_inputs:
             raise UserError(
                 f"{capture.capture_id} has {len(capture.camera_ids)} cameras, too few for {settings.n_inputs}"
-                " pictures of the same timestep. Pack inputs of different timesteps, or lower n_inputs."
+                " pictures of the same timestep. Pack inputs of different timesteps, or lower --input-views (n_inputs)."
             )
         if settings.prior == "depth" and not capture.has_depth:
             raise UserError(

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_captures import write_tiny_capture
 
 from avatars.errors import UserError
-from shards import read_capture
+from shards import find_captures, read_capture
 
 
 @pytest.fixture
@@ -120,3 +120,24 @@ def test_pictures_that_are_missing_or_wrong_are_sentences(folder):
     capture.size = (24, 25)
     with pytest.raises(UserError, match="24 x 24 pixels where the capture declares 24 x 25"):
         capture.view(0, 3)
+
+
+def test_captures_of_a_folder_and_sequences_of_participants_are_found(tmp_path):
+    for name in ("b", "a", ".hidden", "044/sequences/EMO-1", "017/sequences/EMO-1", "017/sequences/EXP-2"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"017 has the sequences EMO-1, EXP-2; name one .* --sequence"):
+        find_captures(tmp_path)
+    found = find_captures(tmp_path, "EMO-1")
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "017/sequences/EMO-1",
+        "044/sequences/EMO-1",
+        "a",
+        "b",
+    ]
+    with pytest.raises(UserError, match="044 has the sequences EMO-1; name one"):
+        find_captures(tmp_path, "EXP-2")
+    with pytest.raises(UserError, match="holds no captures"):
+        find_captures(tmp_path / "a")
+    with pytest.raises(UserError, match="nowhere is not there"):
+        find_captures(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from avatars.errors import UserError
-from shards import read_capture
+from shards import check, find_captures, read_capture
 from shards.readers.synthetic import MARK
 from shards.synth import synthesize
 from shards.synth.tracking import LAYOUTS, export_tracking
@@ -191,3 +191,29 @@ def test_what_cannot_be_exported_is_said(source, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(UserError, match="No space left on device"):
         export_tracking(source, "vhap", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return synthesize(
+        tmp_path_factory.mktemp("people"), subjects=2, timesteps=3, views=3, size=32, progress=False
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders_of_every_layout_are_packed_and_people_held_out_by_name(people, layout, tmp_path):
+    """Ava-256's folders are called by date and subject, so the people's names are not the folders'."""
+    from cluster.packing import pack_folders
+
+    for folder in people:
+        export_tracking(read_capture(folder), layout, tmp_path / "out")
+    place = tmp_path / "out" / "dataset" if layout == "metrical" else tmp_path / "out"
+    folders = find_captures(place)
+    options = {"size": 24, "input_sets": 1, "n_inputs": 2, "prior": "none"}
+    made = pack_folders(folders, tmp_path / "shards", heldout=1, **options)
+    assert (made.train, made.heldout) == (("s0000",), ("s0001",))
+    assert check(tmp_path / "shards") == []
+    for wrong in (3, -1):
+        with pytest.raises(UserError, match=f"heldout is {wrong} of 2 subjects; give a number from 0 to 2"):
+            pack_folders(folders, tmp_path / "x", heldout=wrong, **options)
+    assert pack_folders(folders, tmp_path / "y", heldout=2, **options).train == ()  # to evaluate on only
