@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -174,7 +175,7 @@ def check(words: list[str]) -> int:
     from shards.checking import check as check_shards
 
     options = parse(CheckOptions, words, "shards check")
-    findings = list(check_shards(options.shards))
+    findings = check_shards(options.shards, progress=lambda line: print(line, file=sys.stderr))
     for finding in findings:
         print(finding)
     if not findings:

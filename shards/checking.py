@@ -90,7 +90,7 @@ def check(
     """
     if isinstance(location(folder), str):
         raise UserError(
-            f"{folder} is not on this machine, and all of it must be read. Copy it here and check the copy."
+            f"{location(folder)} is not on this machine, and all of it must be read. Copy it here and check the copy."
         )
     manifest = Manifest.read(folder)
     findings = list(_check_manifest(manifest))

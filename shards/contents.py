@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from avatars.errors import UserError
-from shards.manifest import SPLITS, Manifest, PriorError, PriorSettings
+from shards.manifest import SPLITS, Manifest, PackSettings, PriorError, PriorSettings
 from shards.reading import open_shards
 
 __all__ = ["Contents", "contact_sheet", "info"]
@@ -34,7 +34,7 @@ class Contents:
             f"{m.folder}: {len(self.rows)} subjects, {len(m.shards)} shards, fingerprint {m.fingerprint}",
             f"codes {m.expression_kind} of {m.expression_length} numbers, {head}",
             _priors(m.priors, m.prior_error),
-            f"pictures {s.size} x {s.size} {s.codec} {s.quality} {s.subsampling}, {s.n_inputs} to an input set",
+            f"pictures {s.size} x {s.size} {_coding(s)}, {s.crop} crop, {s.n_inputs} to an input set",
             f"input sets of {s.input_timesteps} timesteps, k {s.k}, to {s.max_input_degrees:g} degrees, seed {s.seed}",
             "",
         ]
@@ -112,6 +112,13 @@ def contact_sheet(folder: str | Path, out: str | Path, *, subjects: int = 12, ta
             f"{out} cannot be written ({error}). Give a .png or .jpg in a folder that is there."
         ) from None
     return Path(out)
+
+
+def _coding(settings: PackSettings) -> str:
+    """The codec with those settings that it has."""
+    if settings.codec == "jpeg":
+        return f"jpeg {settings.quality} {settings.subsampling}"
+    return f"webp {settings.quality}" if settings.codec == "webp" else settings.codec
 
 
 def _priors(priors: PriorSettings, error: PriorError) -> str:
