@@ -178,8 +178,13 @@ def load_head(name: str) -> Any:
     Raises:
         UserError: the name is unknown, or FLAME's files are not there or not whole.
     """
+    if name == "makehuman":
+        return ParametricHead.load()
     if name != TRACKED:
-        return ParametricHead.load(name)
+        raise UserError(
+            f"This version poses tracked codes with the heads 'makehuman' and {TRACKED!r}, not with {name!r}; track "
+            "the pictures with one of those."
+        )
     given = os.environ.get(WEIGHTS_VARIABLE)
     if not given:
         raise UserError(
