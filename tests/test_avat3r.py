@@ -379,3 +379,29 @@ def test_a_model_of_another_recipe_is_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is not there"):
         Avat3rMethod.load(tmp_path)
+
+
+def test_fresh_weights_expect_the_codes_of_the_shards(tiny_shards):
+    torch.manual_seed(0)
+    plain = task_for(find_recipe("avat3r-tiny")).build().get_submodule("model.expression_tokens")
+    task = task_for(find_recipe("avat3r-tiny"))
+    manifest = Manifest.load(tiny_shards)
+    task.check(manifest)
+    torch.manual_seed(0)
+    fresh = task.build().get_submodule("model.expression_tokens")
+    mean, std = torch.tensor(manifest.expression_mean), torch.tensor(manifest.expression_std)
+    codes = mean + std * torch.randn(3, 52, generator=torch.Generator().manual_seed(0))
+    assert std.min() > 0.1 * std.max()
+    assert torch.allclose(fresh(codes), plain((codes - mean) / std), atol=1e-4)
+    still = replace(manifest, expression_std=(0.0,) * 52)
+    task.check(still)
+    torch.manual_seed(0)
+    assert torch.equal(task.build().get_submodule("model.expression_tokens")(codes), plain(codes))
+
+
+def test_a_code_that_hardly_moves_does_not_drown_the_others():
+    model = Avat3r(TINY)
+    before = model.expression_tokens[0].weight.clone()
+    model.expect_codes(torch.zeros(5), torch.tensor([0.5, 0.25, 0.05, 0.01, 0.0]))
+    factors = (model.expression_tokens[0].weight / before).mean(0)
+    assert torch.allclose(factors, torch.tensor([2.0, 4.0, 20.0, 20.0, 20.0]))

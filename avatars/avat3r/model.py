@@ -219,6 +219,23 @@ class Avat3r(nn.Module):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def expect_codes(self, mean: Tensor, std: Tensor) -> None:
+        """Lets fresh weights take expression codes as if they were standardised: the codes of Ava-256 are small, and
+        those of few people hardly move some of their numbers.
+
+        It is the first layer that changes, so the network's form, its files and what drives it stay as they are.
+
+        Args:
+            mean: (E,) of the training people's codes.
+            std: (E,) of the same. What moves less than a tenth of the liveliest number counts as moving that much.
+        """
+        first = self.expression_tokens[0]
+        assert isinstance(first, nn.Linear)  # for mypy: it is made above
+        if std.max() > 0:
+            first.weight /= std.clamp(min=0.1 * float(std.max()))
+            first.bias.sub_(first.weight @ mean)
+
     @property
     def drive_prefixes(self) -> tuple[str, ...]:
         """Names of the parameters that driving needs when the encoder's result is cached."""

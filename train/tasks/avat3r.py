@@ -103,10 +103,11 @@ class Avat3rTask:
             self.config.feature_dim * self.config.grid**2
         )
         self.most_gaussians = INPUT_VIEWS * self.size**2
+        self.codes: tuple[Tensor, Tensor] | None = None  # mean and deviation, once shards have been looked at
 
     def check(self, manifest: Manifest) -> None:
         """Pictures and expression codes must be of the network's size, input sets of the recipe's kind, and priors
-        there if it needs them.
+        there if it needs them. Remembers how the codes are spread.
 
         Raises:
             UserError: one of them is not.
@@ -145,6 +146,7 @@ class Avat3rTask:
                 f"{manifest.folder} has features {priors.features} and --model.feature-prior says "
                 f"{config.feature_prior}; leave the option out, or make those features with `headsplat priors`."
             )
+        self.codes = torch.tensor(manifest.expression_mean), torch.tensor(manifest.expression_std)
 
     def check_weights(self) -> None:
         """LPIPS sets in late, and its weights must be there from the start.
@@ -159,8 +161,11 @@ class Avat3rTask:
             )
 
     def build(self) -> nn.Module:
-        """The network with its loss."""
-        return Avat3rWithLoss(self.config, self.loss)
+        """The network with its loss; its fresh weights expect the codes of the shards that were checked."""
+        module = Avat3rWithLoss(self.config, self.loss)
+        if self.codes is not None:
+            module.model.expect_codes(*self.codes)
+        return module
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[float, list[Parameter]]]:
         """All of it at one rate."""
