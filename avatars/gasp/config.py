@@ -43,7 +43,7 @@ class GaspConfig:
     """Opacity of the template before training. Ours."""
     start_size: float = 0.7
     """Size of the template's Gaussians before training, as a share of a UV pixel's ellipse. Ours."""
-    feature_noise: float = 0.1
+    feature_noise: float = 0.01
     """Standard deviation of the features before training. Ours."""
     code_noise: float = 0.01
     """Standard deviation of the codes before training. Ours."""
