@@ -1,20 +1,20 @@
 """The capacity plan against real steps: memory by what it is for, arithmetic, and the time of the shard plan.
 
-Run: `python benchmarks/plan.py [OUT.json]`, a minute or two. One rank under DeepSpeed for ZeRO 0, 1 and 2, each in a
-process of its own. Bytes are of tensors (`launch.footprint.LiveBytes`); the process's own peak is told beside them.
+Run: `python benchmarks/plan.py [--out FOLDER]`, a minute or two. One rank under DeepSpeed for ZeRO 0, 1 and 2, each in
+a process of its own. Bytes are of tensors (`launch.footprint.LiveBytes`); the process's own peak is told beside them.
 Where a CUDA device is there, its allocator's peak is told as well.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
+
+from record import arguments, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # ZeRO 3 is left out: the meters look at parameters while DeepSpeed has them spread.
@@ -94,15 +94,13 @@ def main() -> None:
     if len(sys.argv) == 6 and sys.argv[1] == "--one":
         print("RESULT " + json.dumps(measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))))
         return
-    from eval.provenance import hardware, versions
+    options = arguments(str(__doc__)).parse_args()
     from launch.plan import plan_seconds
     from launch.training import rank_environment
 
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_captures import pack_tiny
 
-    default = ROOT / "benchmarks" / "results" / f"plan-{platform.machine()}-2cores.json"
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else default
     with tempfile.TemporaryDirectory() as folder:
         shards = pack_tiny(Path(folder) / "tiny", subjects=2, timesteps=6, views=12)
         rows = []
@@ -116,17 +114,12 @@ def main() -> None:
     timed = {nodes: plan_seconds(8 * nodes) for nodes in (1, 8, 64, 512)}
     results = {
         "what": "capacity plan against measurement",
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
         "steps": rows,
         "shard_plan_seconds": {
             str(8 * n): {"start": round(a, 4), "example": round(b, 7)} for n, (a, b) in timed.items()
         },
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {out}")
+    write("plan", results, ("torch", "deepspeed"), options.out)
 
 
 if __name__ == "__main__":

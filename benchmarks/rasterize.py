@@ -10,7 +10,6 @@ same scenes.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -24,12 +23,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import arguments, write
 
 from avatars.cameras import Cameras
 from avatars.gaussians import Gaussians, rgb_to_sh
@@ -263,8 +262,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the result")
+    parser = arguments(str(__doc__))
     parser.add_argument("--splax", help="interpreter of splax's own environment, to run it too")
     parser.add_argument("--repeats", type=int, default=9, help="of every measurement")
     parser.add_argument(
@@ -329,8 +327,6 @@ def main() -> None:
         scenes.append(row)
     with undisturbed(options.realtime):
         start_up_seconds = start_up()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    hardware = f"{platform.machine()}-{cores}cores"
     content = {
         "what": "forward and backward of the CPU rasterizer with projection, medians in milliseconds",
         "scenes": scenes,
@@ -344,18 +340,11 @@ def main() -> None:
         "memory_of_one_step": memory(),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "realtime_priority": options.realtime,
-        "load_average": [round(value, 2) for value in load],
-        "commit": commit.strip(),
-        "hardware": hardware,
+        "load_average_after_each_scene": [round(value, 2) for value in load],
         "processor": processor(),
-        "versions": {name: version(name) for name in ("torch", "numpy")}
-        | {
-            "python": platform.python_version(),
-            "splax": "0.2.3" if options.splax else "not run",
-        },
+        "splax": "0.2.3" if options.splax else "not run",
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"rasterize-{hardware}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write("rasterize", content, ("torch", "numpy"), options.out)
 
 
 def processor() -> str:

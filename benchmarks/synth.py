@@ -1,7 +1,7 @@
 """Speed of synthetic captures: pictures a second and core, share of time outside the renderer, path tracing beside it.
 
-Run on an idle machine: `python benchmarks/synth.py [OUT.json]`, about two minutes. One process and one thread, except
-for path tracing, which is measured one picture at a time and two at a time, both on all cores, in alternating rounds.
+Run on an idle machine: `python benchmarks/synth.py [--out FOLDER]`, about two minutes. One process and one thread,
+except for path tracing, which is measured one picture at a time and two at a time, both on all cores, in alternating rounds.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import arguments, write
 
 from avatars.head import ParametricHead
 from avatars.head.model import cache_path
@@ -121,17 +117,10 @@ def main(out: Path) -> None:
     identity, expression = torch.zeros(1, head.n_identity), torch.zeros(1, 52)
     head.vertices(identity, expression)
     head_seconds = cpu_seconds(lambda: [head.vertices(identity, expression) for _ in range(200)])[0] / 200
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())  # fmt: skip
+    load = round(os.getloadavg()[0], 2)
     report: dict[str, Any] = {
         "what": "synthetic captures",
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "hardware": {"cpu": model, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)},
-        "versions": {name: version(name) for name in ("numpy", "numba", "torch", "mitsuba")},
+        "load_average_before": load,
         "head_vertices_milliseconds": round(1e3 * head_seconds, 3),
         "head_cache_megabytes": round(cache_path().stat().st_size / 1e6, 2),
         "basis_of_100_error_millimetres": {
@@ -163,11 +152,9 @@ def main(out: Path) -> None:
             # 1,000 people on 2,048 cores: a person is one job of one core, so each of them is done at once
             "seconds_on_64_nodes_of_32_cores": round(seconds / 1000, 1),
         }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+    write("synth", report, ("numpy", "numba", "torch", "mitsuba"), out)
 
 
 if __name__ == "__main__":
-    default = Path(__file__).parent / "results" / f"synth-{platform.machine()}-{os.cpu_count()}cores.json"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    main(arguments(str(__doc__)).parse_args().out)
