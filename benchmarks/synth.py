@@ -1,7 +1,8 @@
 """Speed of synthetic captures: pictures a second and core, share of time outside the renderer, path tracing beside it.
 
 Run on an idle machine: `python benchmarks/synth.py [--out FOLDER]`, about two minutes. One process and one thread,
-except for path tracing, which is measured one picture at a time and two at a time, both on all cores, in alternating rounds.
+except for path tracing, which is measured one picture at a time and two at a time, both on all cores, in alternating
+rounds.
 """
 
 from __future__ import annotations
