@@ -32,7 +32,8 @@ class FastAvatarMethod:
     def __init__(
         self, decoder: Decoder, encoder: Encoder, expression_kind: str, provenance: dict[str, Any]
     ) -> None:
-        self.decoder, self.encoder = decoder.eval(), encoder.eval()
+        self.decoder = decoder.eval()
+        self.encoder = encoder.eval().to(memory_format=torch.channels_last)
         self.expression_kind = expression_kind
         self.provenance = provenance
         self.network = fingerprint(decoder)

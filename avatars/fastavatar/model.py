@@ -185,7 +185,9 @@ class Encoder(nn.Module):
                 layers.append(nn.Dropout(config.dropout))
             width = wide
         self.mlp = nn.Sequential(*layers, nn.Linear(width, config.latent))
-        self.temperature = nn.Parameter(torch.ones(()))
+        self.temperature = nn.Parameter(
+            torch.ones(1)
+        )  # DeepSpeed cannot broadcast a number without a dimension
 
     def forward(self, seen: Tensor) -> Tensor:
         """Latents (B, d) from crops (B, 3, S, S) in [0, 1], or from a frozen backbone's embeddings (B, D)."""
@@ -195,7 +197,8 @@ class Encoder(nn.Module):
         """What the backbone makes of the pictures, of unit length where it is a frozen one."""
         if self.backbone is None:
             return nn.functional.normalize(seen, dim=-1)
-        return self.backbone((seen - 0.4) / 0.25)
+        # Processors and tensor cores convolve faster with the channels last, once the weights lie so, too.
+        return self.backbone(((seen - 0.4) / 0.25).contiguous(memory_format=torch.channels_last))
 
 
 def seated(config: FastAvatarConfig) -> int:
