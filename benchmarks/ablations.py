@@ -207,6 +207,27 @@ def table(found: dict[int, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     return lines
 
 
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The table as docs/avat3r.md has it; with several seeds a cell is their mean and, in brackets, each of them."""
+    shown = {
+        "PSNR [dB]": (PSNR.key, 2),
+        "less the whole [dB]": ("psnr_minus_full", 2),
+        "PSNR in the mask [dB]": (PSNR_MASKED.key, 2),
+        "SSIM": (SSIM.key, 3),
+        "AKD-5 [px]": (AKD_MTCNN.key, 2),
+    }
+    rows = ["| recipe | " + " | ".join(shown) + " | the whole is better on |", "| --- |" + " --: |" * 6]
+    for line in lines:
+        cells = []
+        for key, digits in shown.values():
+            seeds = line.get(f"{key}_per_seed", [])
+            each = f" ({', '.join(f'{value:.{digits}f}' for value in seeds)})" if len(seeds) > 1 else ""
+            cells.append(f"{line[key]:.{digits}f}{each}" if key in line else "")
+        better = line.get("full_better_on", "").partition(" held-out")[0]
+        rows.append(f"| `{line['recipe']}` | " + " | ".join([*cells, better]) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Trains and measures what is missing, seed by seed, and writes the table of the seeds that are whole."""
     parser = arguments(__doc__ or "")
@@ -226,7 +247,7 @@ def main() -> None:
             print(f"{recipe} seed {seed}: PSNR {psnr:.3f} dB", flush=True)
         found[seed] = rows
         pictures = rows[FULL]["pictures"]
-        content = {
+        content: dict[str, Any] = {
             "what": "Avat3r's ablations at the scale of avat3r-cpu, on synthetic held-out people",
             "steps": options.steps,
             "seeds": list(found),
@@ -238,6 +259,7 @@ def main() -> None:
             "rows": table(found),
         }
         write("ablations", content, ("torch", "deepspeed"), options.out)
+        print(markdown(content["rows"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -405,3 +405,13 @@ def test_a_code_that_hardly_moves_does_not_drown_the_others():
     model.expect_codes(torch.zeros(5), torch.tensor([0.5, 0.25, 0.05, 0.01, 0.0]))
     factors = (model.expression_tokens[0].weight / before).mean(0)
     assert torch.allclose(factors, torch.tensor([2.0, 4.0, 20.0, 20.0, 20.0]))
+
+
+def test_features_come_in_beside_the_tokens():
+    config = replace(TINY, feature_dim=6)
+    views = some_views(2, config)
+    model, without = Avat3r(config), Avat3r(TINY)
+    without.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("merge")})
+    nothing = replace(views, features=torch.zeros_like(views.features))
+    assert torch.allclose(model.tokens(nothing), without.tokens(views), atol=1e-5)
+    assert not torch.allclose(model.tokens(views), without.tokens(views), atol=1e-2)

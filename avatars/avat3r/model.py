@@ -201,12 +201,16 @@ class Avat3r(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small normal weights; residual branches shrunk with depth; heads at zero.
+        """Small normal weights; residual branches shrunk with depth; heads at zero; features come in beside the tokens.
 
         With the heads at zero the network starts as the coloured position maps, rendered from anywhere.
         """
         init_linear(self)
         nn.init.normal_(self.grid_embedding, std=0.02)
+        if isinstance(
+            self.merge_features, nn.Linear
+        ):  # the tokens as they would be without features, and a little
+            nn.init.eye_(self.merge_features.weight[:, : self.config.width])
         # The expression MLP sees small codes without any norm before it: keep its signal's size.
         for layer in self.expression_tokens:
             if isinstance(layer, nn.Linear):
