@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from record import arguments, medians, write
 from torch import Tensor
 
@@ -311,7 +312,54 @@ def edits(
     }
 
 
-def quality(model: Path, template: Path, shards: Path, captures: Path) -> dict[str, Any]:
+def portraits(people: list[FastAvatar], size: int = SIZE) -> list[Tensor]:
+    """Calm faces (3, size, size) from the front."""
+    camera, calm = portrait_cameras(1, size), torch.zeros(people[0].expression_length)
+    return [drawn(person, calm, camera, (size, size))[0] for person in people]
+
+
+def save_sheet(rows: list[list[Tensor]], path: Path) -> None:
+    pixels = torch.cat([torch.cat(row, 2) for row in rows], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy()).save(path, quality=92)
+
+
+def pictures(
+    method: FastAvatarMethod, template: FastAvatar, people: ShardSet, directions: Directions, made: list[FastAvatar],
+    folder: Path,
+) -> None:  # fmt: skip
+    """Sheets for the page: unseen people (their one picture, then truth, FastAvatar and the template of two views of
+    another expression), walks, and each attribute changed by up to half of its range either way.
+    """
+    rows = []
+    for subject, person in list(zip(people.subjects, made, strict=True))[:6]:
+        shards = people.read(subject)
+        inputs = shards.input_sets[0].first(1)
+        target = next(t for t in shards.targets if t.timestep not in inputs.provenance["timesteps"])
+        order = target.cameras.centers[:, 2].argsort(descending=True).tolist()
+        row = [inputs.images[0]]
+        for view in (order[0], order[len(order) // 2]):
+            camera, truth = target.cameras[[view]], target.images([view])[0]
+            size = (truth.shape[-2], truth.shape[-1])
+            both = [drawn(avatar, target.expression, camera, size)[0] for avatar in (person, template)]
+            row += [truth, *both]
+        rows.append(row)
+    save_sheet(rows, folder / "fastavatar-people.jpg")
+    latents = [person.latent for person in made if person.latent is not None]
+    walked = [
+        [method.decode(w) for w in between(latents[a], latents[b], 7)] for a, b in ((0, 3), (1, 4), (6, 2))
+    ]
+    save_sheet([portraits(row) for row in walked], folder / "fastavatar-interpolation.jpg")
+    changed = []
+    for name, (low, high) in directions.ranges.items():
+        span = (high - low) / 4
+        changed.append(
+            [method.decode(directions.moved(latents[0], name, step * span)) for step in (-2, -1, 0, 1, 2)]
+        )
+    save_sheet([portraits(row) for row in changed], folder / "fastavatar-edits.jpg")
+
+
+def quality(model: Path, template: Path, shards: Path, captures: Path, sheets: Path | None) -> dict[str, Any]:
     """Everything about a trained model on the held-out people of some shards."""
     method = FastAvatarMethod.load(model)
     people = open_shards(shards, "heldout")
@@ -322,6 +370,8 @@ def quality(model: Path, template: Path, shards: Path, captures: Path) -> dict[s
         latents_of(method, train, 4), label_people(captures, train.subjects), UNITS, method.network
     )
     directions.save(model)
+    if sheets is not None:
+        pictures(method, FastAvatar.load(template), people, directions, made, sheets)
     content = {
         "what": "one picture of an unseen synthetic person, the first of the input set, to pictures of unseen "
         "expressions from unseen cameras; driven by the expression codes, over black, whole pictures",
@@ -346,13 +396,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="repetitions that are timed")
     for name in ("model", "template", "shards", "captures"):
         parser.add_argument(f"--{name}", type=Path, help="for --quality")
+    parser.add_argument("--pictures", type=Path, help="for --quality: folder for sheets of pictures")
     options = parser.parse_args()
     packages = ("torch", "timm")
     if options.quality:
         given = [getattr(options, name) for name in ("model", "template", "shards", "captures")]
         if None in given:
             parser.error("--quality needs --model, --template, --shards and --captures")
-        write("fastavatar-quality", quality(*given), packages, options.out)
+        write("fastavatar-quality", quality(*given, options.pictures), packages, options.out)
         return
     with tempfile.TemporaryDirectory() as folder:
         write("fastavatar", speed(Path(folder), options.rounds), packages, options.out)
