@@ -204,18 +204,16 @@ def evaluate_one(arguments: dict[str, Any], report: Report) -> Row:
         arguments: as `evaluate_all` makes them.
         report: told "stage".
     """
-    from eval.evaluate import check_data, evaluate_subject, told
+    from eval.evaluate import check_data, evaluate_subject
 
     checkpoint, protocol, subject = arguments["checkpoint"], arguments["protocol"], arguments["subject"]
-    name = _Part(checkpoint, protocol, subject).name
     report(stage="loading")
-    print(f"{name}: begins", flush=True)  # Ray shows it with the actor's log
     shards = _shards(arguments["shards"], arguments["split"])
     check_data(shards, protocol)
     create = _maker(checkpoint, arguments["device"])
     meter = _meter(protocol.metrics, arguments["device"])
     report(stage="measuring")
-    row = evaluate_subject(
+    return evaluate_subject(
         checkpoint.method,
         create,
         shards,
@@ -228,8 +226,6 @@ def evaluate_one(arguments: dict[str, Any], report: Report) -> Row:
         device=arguments["device"],
         batch=arguments["batch"],
     )
-    print(f"{name}: {told(row)}", flush=True)
-    return row
 
 
 @lru_cache(maxsize=1)

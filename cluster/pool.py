@@ -73,8 +73,16 @@ class HeadsplatActor:
         """Answers once the process is up."""
         return os.getpid()
 
-    def run(self, function: JobFunction, arguments: dict[str, Any]) -> tuple[str, Any]:
-        """("value", result), ("user", sentence) or ("error", sentence)."""
+    def run(self, function: JobFunction, job: Job) -> tuple[str, Any]:
+        """("value", result), ("user", sentence) or ("error", sentence); prints to the log that Ray keeps."""
+        print(f"{job.name}: begins", flush=True)
+        started = time.perf_counter()
+        kind, answer = self._run(function, job.arguments)
+        ending = "done" if kind == "value" else answer
+        print(f"{job.name}: {ending} ({time.perf_counter() - started:.1f} s)", flush=True)
+        return kind, answer
+
+    def _run(self, function: JobFunction, arguments: dict[str, Any]) -> tuple[str, Any]:
         import torch
 
         torch.set_num_threads(self.threads)
@@ -182,7 +190,7 @@ def run_jobs(
         slot.job = queue.popleft()
         attempts[slot.job.name] += 1
         # Under this name Ray's dashboard lists it, with its state, its time and its log.
-        slot.waits_for = slot.actor.run.options(name=slot.job.name).remote(function, slot.job.arguments)
+        slot.waits_for = slot.actor.run.options(name=slot.job.name).remote(function, slot.job)
         slot.since = time.monotonic()
         slot.asked = None
         tell(Event("started", slot.job.name))
