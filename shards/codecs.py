@@ -16,6 +16,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from avatars.errors import UserError
 from shards.tarfiles import Data
@@ -87,7 +89,11 @@ def decode_picture(data: Data, out: NDArray[np.uint8], name: str, codec: str) ->
         if codec == "jpeg":
             simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
         else:
-            with Image.open(io.BytesIO(data), formats=(title,)) as picture:
+            with _READERS[title](io.BytesIO(data)) as picture:
+                if (picture.mode, *picture.size) != ("RGB", size[1], size[0]):  # a second header, for example
+                    raise ValueError(
+                        f"it becomes {picture.mode} of {picture.height} x {picture.width} pixels"
+                    )
                 out[:] = np.asarray(picture)
     except (ValueError, OSError, SyntaxError, struct.error) as error:
         raise UserError(f"{name} is not a readable {title} ({error}). Pack the shards again.") from None
@@ -123,4 +129,6 @@ def _webp_size(data: Data) -> tuple[int, int]:
     raise ValueError("not a plain picture")
 
 
+# Named rather than found by `Image.open`, which imports all of Pillow's formats at the first WebP.
+_READERS = {"PNG": PngImageFile, "WebP": WebPImageFile}
 _HEADERS = {"JPEG": _jpeg_size, "PNG": _png_size, "WebP": _webp_size}

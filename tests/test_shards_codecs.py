@@ -113,10 +113,11 @@ def test_the_same_captures_give_the_same_bytes_in_every_codec(tmp_path):
     )
 
 
-def png(width, height, kind=(8, 2, 0, 0, 0), rows=b""):
-    """A PNG by hand."""
+def png(width, height, kind=(8, 2, 0, 0, 0), rows=b"", more=()):
+    """A PNG by hand, with `more` chunks before its pixels."""
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, *kind)),
+        *more,
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     )
@@ -141,6 +142,10 @@ SMALL = Image.new("RGB", (64, 64), (9, 8, 7))
         ("png", png(60_000, 60_000), "is a picture of 60000 x 60000 pixels where 64 x 64 are declared"),
         ("png", png(64, 63), "is a picture of 63 x 64 pixels"),
         ("png", png(64, 64, rows=bytes(100)), "is not a readable PNG"),
+        ("png", png(64, 64, more=[(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0))]),
+         "it becomes RGB of 9000 x 9000 pixels"),
+        ("png", png(64, 64, more=[(b"iCCP", b"profile\0\0" + zlib.compress(bytes(200_000_000)))]),
+         "is not a readable PNG"),
         ("png", png(64, 64, (16, 2, 0, 0, 0)), "not an 8-bit RGB picture"),
         ("png", png(64, 64, (8, 6, 0, 0, 0)), "not an 8-bit RGB picture"),
         ("png", png(64, 64, (8, 2, 0, 0, 1)), "without interlacing"),
