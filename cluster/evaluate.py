@@ -17,7 +17,7 @@ from cluster.session import ray_session
 from eval.checkpoints import Checkpoint, load_maker
 from eval.failures import Failure, note_failures
 from eval.protocol import Protocol, write_protocol
-from eval.rows import ROW_FILE, Row, protocol_folder, read_row, row_folder
+from eval.rows import PROTOCOL_FILE, ROW_FILE, Row, protocol_folder, read_row, row_folder
 
 if TYPE_CHECKING:
     from eval.meter import Meter
@@ -120,7 +120,7 @@ def evaluate_all(
     tell = say or (lambda line: None)
     take = on_row or (lambda checkpoint, row: None)
     for protocol in protocols:
-        write_protocol(protocol, protocol_folder(results, protocol.name, protocol.id) / "protocol.json")
+        write_protocol(protocol, protocol_folder(results, protocol.name, protocol.id) / PROTOCOL_FILE)
     parts = list(_parts(checkpoints, protocols, subjects))
     rows: dict[str, Row] = {}
     waiting: list[_Part] = []

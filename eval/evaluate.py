@@ -30,7 +30,7 @@ from eval.protocol import (
     write_protocol,
 )
 from eval.provenance import hardware, versions
-from eval.rows import TURNTABLE, Row, protocol_folder, row_folder, write_row
+from eval.rows import PROTOCOL_FILE, TURNTABLE, Row, protocol_folder, row_folder, write_row
 from eval.sheets import SheetColumn, contact_sheet, error_map, save_picture
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def evaluate(
             f"The protocol {protocol.name} {protocol.id} does not know the subjects {', '.join(unknown)}."
         )
     meter = Meter(protocol.metrics, device)
-    write_protocol(protocol, protocol_folder(out, protocol.name, protocol.id) / "protocol.json")
+    write_protocol(protocol, protocol_folder(out, protocol.name, protocol.id) / PROTOCOL_FILE)
     rows = []
     for number, subject in enumerate(chosen, start=1):
         if progress is not None:

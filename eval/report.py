@@ -20,10 +20,11 @@ from eval.failures import Failure, read_failures
 from eval.hashing import short_hash
 from eval.metrics import DEFINITIONS
 from eval.published import PublishedTable, published
-from eval.rows import TURNTABLE, Row, row_folder
+from eval.rows import TURNTABLE, Row, protocol_people, row_folder
 from eval.sheets import comparison_sheet
 from eval.tables import (
     Comparison,
+    NothingComparesError,
     by_protocol,
     compared,
     comparison_table,
@@ -69,7 +70,14 @@ def write_report(rows: Sequence[Row], results: Path, folder: Path) -> Path:
     links = "".join(f"<a href='#{_anchor(mine)}'>{html.escape(name)}</a>" for name, mine in groups.items())
     body = [f"<nav>{links}<a href='#failures'>failures</a><a href='#published'>published numbers</a></nav>"]
     for name, mine in groups.items():
-        comparison = compared(mine)
+        try:
+            comparison = compared(mine, protocol_people(results, mine[0]))
+        except NothingComparesError as reason:
+            text += [f"## {name}", "", str(reason), ""]
+            body.append(
+                f"<section id='{_anchor(mine)}'><h2>{html.escape(name)}</h2><p>{html.escape(str(reason))}</p></section>"
+            )
+            continue
         best_first = [row for run in comparison.runs for row in run.rows]
         subjects = len(comparison.runs[0].rows)
         sheet = comparison_sheet(

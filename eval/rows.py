@@ -19,6 +19,7 @@ __all__ = [
     "check_one_protocol",
     "mean_values",
     "protocol_folder",
+    "protocol_people",
     "read_row",
     "read_rows",
     "row_folder",
@@ -27,6 +28,7 @@ __all__ = [
 
 SCHEMA = 1
 ROW_FILE = "row.json"
+PROTOCOL_FILE = "protocol.json"
 TURNTABLE = "turntable.webp"
 """The moving picture beside a row."""
 
@@ -98,6 +100,15 @@ def row_folder(
 def protocol_folder(out: Path, protocol: str, protocol_id: str) -> Path:
     """Where everything of one protocol lives under `out`."""
     return out / f"{_file_name(protocol)}-{protocol_id}"
+
+
+def protocol_people(out: Path, row: Row) -> int:
+    """How many subjects the protocol of a row under `out` has; 0 where its file is gone."""
+    path = protocol_folder(out, row.protocol, row.protocol_id) / PROTOCOL_FILE
+    try:
+        return len(json.loads(path.read_text(encoding="utf-8"))["subjects"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def write_row(row: Row, out: Path) -> Path:

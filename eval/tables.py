@@ -14,6 +14,7 @@ from eval.rows import Row, check_one_protocol, mean_values
 
 __all__ = [
     "Comparison",
+    "NothingComparesError",
     "Run",
     "by_protocol",
     "compared",
@@ -25,6 +26,10 @@ __all__ = [
 
 IN_MASK = ("psnr_masked", "ssim_masked")
 DECIMALS = {"psnr": 2, "psnr_masked": 2} | {key: 2 for key in DEFINITIONS if key.startswith("akd/")}
+
+
+class NothingComparesError(UserError):
+    """No method was measured on all subjects, so there is no table."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,18 @@ class Comparison:
         return mean if limits is None else f"{mean} ({limits[0]:.{digits}f} to {limits[1]:.{digits}f})"
 
 
-def compared(rows: Sequence[Row]) -> Comparison:
+def compared(rows: Sequence[Row], people: int = 0) -> Comparison:
     """Sorts rows of one protocol and variant into runs.
 
     A run that lacks subjects is left out, and a note says so: a mean over the subjects that worked would flatter it.
 
+    Args:
+        rows: the rows.
+        people: how many subjects the protocol has, 0 where that is not known; a note tells when rows are of fewer.
+
     Raises:
-        UserError: no rows, rows of several protocols or variants, or no run that was measured on all subjects.
+        NothingComparesError: no run was measured on all subjects that any has.
+        UserError: no rows, or rows of several protocols or variants.
     """
     rows = list(rows)
     check_one_protocol(rows)
@@ -148,14 +158,14 @@ def compared(rows: Sequence[Row]) -> Comparison:
         ordered = tuple(sorted(mine, key=lambda row: row.subject))
         runs.append(Run(method, checkpoint, method if alone else f"{method} {checkpoint}", ordered))
     if not runs:
-        raise UserError(f"{' '.join(left_out)} Evaluate at least one method on all subjects.")
+        raise NothingComparesError(f"{' '.join(left_out)} Evaluate at least one method on all subjects.")
     runs.sort(key=lambda run: -(mean_values(list(run.rows), "psnr") or -1.0))
     shown = [row for run in runs for row in run.rows]
     keys = tuple(key for key in _keys(shown) if any(key in row.values for row in shown))
-    return Comparison(tuple(runs), keys, (*_notes(shown, runs), *left_out))
+    return Comparison(tuple(runs), keys, (*_notes(shown, runs, people), *left_out))
 
 
-def table(rows: Sequence[Row], *, full: bool = False) -> str:
+def table(rows: Sequence[Row], *, full: bool = False, people: int = 0) -> str:
     """A Markdown table, one line a method and checkpoint, best PSNR first, with notes on what has no number.
 
     A metric's mean runs over the subjects and stands only where every subject has a number; seconds to
@@ -164,11 +174,12 @@ def table(rows: Sequence[Row], *, full: bool = False) -> str:
     Args:
         rows: rows of one protocol.
         full: also the metrics inside the mask, and 95 % intervals of the means.
+        people: how many subjects the protocol has, as for `compared`.
 
     Raises:
-        UserError: no rows, rows of several protocols, or methods that were measured on different subjects.
+        UserError: as `compared`.
     """
-    return comparison_table(compared(rows), full=full)
+    return comparison_table(compared(rows, people), full=full)
 
 
 def comparison_table(comparison: Comparison, *, full: bool = False) -> str:
@@ -229,10 +240,13 @@ def rounded(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
-def _notes(rows: list[Row], runs: list[Run]) -> list[str]:
+def _notes(rows: list[Row], runs: list[Run], people: int) -> list[str]:
     subjects = len({row.subject for row in rows})
+    of = f" of the protocol's {people}" if people > subjects else ""
     pictures = sum(row.counts["pictures"] for row in runs[0].rows)
-    notes = [f"{rows[0].protocol} {rows[0].protocol_id}: {subjects} subjects, {pictures} pictures a method."]
+    notes = [
+        f"{rows[0].protocol} {rows[0].protocol_id}: {subjects}{of} subjects, {pictures} pictures a method."
+    ]
     machines = sorted(
         {f"{row.hardware}, {row.threads} thread{'s' if row.threads > 1 else ''}" for row in rows}
     )

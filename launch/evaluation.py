@@ -199,11 +199,16 @@ def _places(word: str) -> list[str]:
 
 def show_table(rows: list[Row], workspace: Workspace) -> None:
     """The comparison on the terminal, and where to look next."""
-    from eval.tables import by_protocol, table
+    from eval.rows import protocol_people
+    from eval.tables import NothingComparesError, by_protocol, table
 
-    for rows_of_one in by_protocol(rows).values():
-        print()
-        print(table(rows_of_one))
+    groups = by_protocol(rows)
+    for name, mine in groups.items():
+        print(f"\n{name}" if len(groups) > 1 else "")
+        try:
+            print(table(mine, people=protocol_people(workspace.results, mine[0])))
+        except NothingComparesError as reason:
+            print(reason)
     print(
         f"\nRows and pictures: {workspace.results}    Compare in the browser: make dashboard OUT={workspace.root}"
     )
@@ -268,9 +273,9 @@ def evaluate(words: list[str]) -> None:
     if not checkpoints:
         raise UserError(" ".join(failure.reason for failure in lost))
     evaluated = measure(checkpoints, shards, workspace, options=options)
+    failures = lost + evaluated.failures
     if evaluated.rows:
         show_table(evaluated.rows, workspace)
-    failures = lost + evaluated.failures
     if failures:
         show_failures(failures)
     _whole(replace(evaluated, failures=failures))

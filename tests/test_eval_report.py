@@ -105,6 +105,20 @@ def test_a_run_that_lacks_subjects_is_left_out_and_told():
     assert "other step-100 is left out: it has 1 rows for 2 subjects (missing: s01)" in text
 
 
+def test_the_table_tells_when_not_all_people_were_measured():
+    assert "synthetic-heldout 0123456789ab: 1 of the protocol's 4 subjects, 2 pictures" in table(
+        [ROW], people=4
+    )
+    assert "1 subjects, 2 pictures" in table([ROW], people=1)
+
+
+def test_a_page_on_which_nothing_compares_says_so(evaluated, tmp_path):
+    rows, out = evaluated
+    text = write_report([rows[0], rows[-1]], out, tmp_path).read_text()
+    assert "Evaluate at least one method on all subjects." in text
+    assert "Published numbers" in text
+
+
 def test_rows_of_a_variant_have_a_table_of_their_own():
     guided = replace(ROW, method="other", variant="guided: sees tracked views", values={"psnr": 30.0})
     groups = by_protocol([guided, ROW])
@@ -192,7 +206,7 @@ def test_the_page_holds_everything_itself(evaluated, tmp_path):
     (name,) = re.findall(r"\((comparison-\w+\.png)\)", markdown)
     with Image.open(tmp_path / "report" / name) as image:
         assert image.width > 600
-    assert table(rows, full=True) in markdown
+    assert table(rows, full=True, people=3) in markdown
 
 
 def test_a_page_of_two_protocols_has_two_sections(evaluated, tmp_path):
