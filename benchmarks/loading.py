@@ -9,9 +9,8 @@ The peers run in an environment of their own:
     python -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers/loading-requirements.txt
     python benchmarks/loading.py --peers PEERS/bin/python [--out FOLDER] [--seconds 5] [--rounds 3]
 
-The codecs that shards may have are compared on synthetic people: bytes, processor time and what is lost.
-
-    python benchmarks/loading.py --codecs
+Before that the codecs that shards may have are compared on synthetic people: bytes, processor time and what is lost.
+`--codecs` stops there.
 """
 
 from __future__ import annotations
@@ -260,17 +259,17 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="the python of the peers' environment")
     parser.add_argument("--seconds", type=float, default=5, help="to measure each candidate for in a round")
     parser.add_argument("--rounds", type=int, default=3, help="the medians of how many rounds")
-    parser.add_argument("--codecs", action="store_true", help="compare codecs instead")
+    parser.add_argument("--codecs", action="store_true", help="compare codecs and nothing else")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        codecs = compare_codecs(people(folder), options.rounds)
+        content = {"what": f"views of two synthetic people, {SIZE} x {SIZE}", "codecs": codecs}
+        write("codecs", content, ("simplejpeg", "pillow", "numpy"), options.out)
         if options.codecs:
-            codecs = compare_codecs(people(folder), options.rounds)
-            content = {"what": f"views of two synthetic people, {SIZE} x {SIZE}", "codecs": codecs}
-            write("codecs", content, ("simplejpeg", "pillow", "numpy"), options.out)
             return
         shards, pictures = make_data(folder)
         limit, ours = f"simplejpeg alone, {cores} threads", f"headsplat loader, {cores} threads"
