@@ -284,7 +284,7 @@ def results_table(fits: Fits) -> Table:
     table = Table(title="Fits")
     numbers = ("seconds", "attempts", "held-out PSNR")
     for heading in ("method", "subject", "status", *numbers, "loss or reason"):
-        table.add_column(heading, justify="right" if heading in numbers else "left")
+        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     for result in fits.results:
         loss = result.result.get("losses", {}).get("loss")
         reason = result.error or ("" if loss is None else f"{loss:.5f}")

@@ -74,6 +74,19 @@ def test_the_layout_is_read(tmp_path, arrays):
     np.testing.assert_allclose(pose[0, :3, 3], [0, 0, 1])
 
 
+def test_axis_angles_become_the_rows_of_rotations(tmp_path):
+    folder = write_video(tmp_path)
+    for frame in (tmp_path / "metrical-tracker/output/anna/checkpoint").iterdir():
+        content = torch.load(frame, weights_only=False)
+        content["flame"] |= {"jaw": np.array([[0.3, 0, 0]]), "eyes": np.array([[0, 0.2, 0, 0, 0, 0.1]])}
+        torch.save(content, frame)
+    code = read_capture(folder).expressions[2]
+    c, s = np.cos([0.3, 0.2, 0.1]), np.sin([0.3, 0.2, 0.1])
+    np.testing.assert_allclose(code[114:120], [1, 0, 0, 0, c[0], -s[0]], atol=1e-6)
+    np.testing.assert_allclose(code[100:106], [c[1], 0, s[1], 0, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(code[106:112], [c[2], -s[2], 0, s[2], c[2], 0], atol=1e-6)
+
+
 def test_the_picture_of_a_frame_is_the_one_after(tmp_path):
     capture = read_capture(write_video(tmp_path))
     for t in (1, 4):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from avatars.errors import UserError
 from shards.capture import Capture, View, check_matrices
 from shards.pictures import read_picture
+from shards.readers.vhap import rotation_matrix
 
 __all__ = ["MetricalCapture", "checkpoint_folder"]
 
@@ -116,9 +117,9 @@ def _read_frame(
         code = np.concatenate(
             [
                 np.asarray(flame["exp"], np.float64).reshape(100),
-                np.asarray(flame["eyes"], np.float64).reshape(12),
+                _rows(flame["eyes"], 2),
                 np.asarray(flame["eyelids"], np.float64).reshape(2),
-                np.asarray(flame["jaw"], np.float64).reshape(6),
+                _rows(flame["jaw"], 1),
                 straight,
                 straight,
                 np.zeros(3),
@@ -136,6 +137,16 @@ def _read_frame(
             f"{file} is no frame of metrical-tracker ({reason}). Track the video again."
         ) from None
     return code.astype(np.float32), K, pose, (int(height), int(width)), identity
+
+
+def _rows(joints: Any, count: int) -> NDArray[np.float64]:
+    """The first two rows of each joint's rotation, (6 count,), as the tracker keeps them; axis-angle vectors, which
+    other trackers of this layout write, are turned into them.
+    """
+    numbers = np.asarray(joints, np.float64)
+    if numbers.size == 3 * count:
+        return rotation_matrix(numbers.reshape(count, 3))[:, :2].reshape(-1)
+    return numbers.reshape(6 * count)
 
 
 def _array_globals() -> list[Any]:
