@@ -9,7 +9,6 @@ import torch
 from scipy import sparse
 
 from avatars.errors import UserError
-from avatars.head.uv import sample_uv
 from avatars.head import ParametricHead, makehuman
 from avatars.head.cache import save_npz_atomically
 from avatars.head.flame import MODEL_FILES
@@ -23,6 +22,7 @@ from avatars.head.geometry import (
     triangulate,
     vertex_normals,
 )
+from avatars.head.uv import sample_uv
 
 
 @pytest.fixture(scope="module")
