@@ -352,6 +352,17 @@ def test_the_mouth_mask_covers_the_lips_from_the_front_and_nothing_from_behind()
     assert masks[2].sum() == 0
 
 
+def test_mouths_that_are_kept_are_those_that_were_drawn(inputs):
+    fit = small().build(inputs)
+    pictures = [2, 0, 3]
+    wanted = mouth_masks(fit.lips[fit.code_of[pictures]], fit.inputs.cameras[pictures], fit.inputs.size)
+    for _ in range(2):
+        assert torch.equal(fit._mouths(pictures), wanted)
+    assert wanted.sum() > 0
+    behind = dataclasses.replace(inputs, cameras=cameras_around([180.0, *DEGREES[1:]], 40))
+    assert not small().build(behind)._mouths([0]).any()
+
+
 def test_a_grid_has_neighbours_at_distance_one():
     grid = torch.stack(torch.meshgrid(*[torch.arange(4.0)] * 3, indexing="ij"), -1).reshape(-1, 3)
     torch.testing.assert_close(neighbour_distance(grid), torch.ones(64))

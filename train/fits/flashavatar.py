@@ -178,7 +178,7 @@ def flashavatar_gpu_many() -> FlashAvatarFitConfig:
     """`flashavatar_gpu` for hundreds of pictures: they say themselves how the expression moves the Gaussians."""
     return replace(
         flashavatar_gpu(),
-        steps=15_000,
+        steps=10_000,
         pictures_per_step=4,
         lpips_from=5_000,
         expression_dropout=0.0,
@@ -267,6 +267,7 @@ class FlashAvatarFit:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.lpips = self._lpips()
         self._order: tuple[int, list[int]] | None = None  # number of a pass, and its pictures
+        self._mouth_of: dict[int, tuple[tuple[slice, slice], Tensor] | None] = {}
 
     def advance(self) -> dict[str, float]:
         """Renders a few of the pictures and takes a step towards them."""
@@ -348,7 +349,7 @@ class FlashAvatarFit:
         rendered = rasterize(gaussians, cameras, inputs.size, background).image
         image, mask = inputs.take(pictures)
         target = image + (1 - mask) * background[:, :, None, None]
-        mouth = mouth_masks(self.lips[self.code_of[pictures]], cameras, inputs.size)
+        mouth = self._mouths(pictures)
         losses = {"huber": nn.functional.huber_loss(rendered, target, delta=config.huber_delta)}
         if config.mouth_weight:
             inside = nn.functional.huber_loss(rendered * mouth, target * mouth, delta=config.huber_delta)
@@ -358,6 +359,22 @@ class FlashAvatarFit:
                 config.lpips_weight * self.lpips(rendered * mask * 2 - 1, target * mask * 2 - 1).mean()
             )
         return losses
+
+    def _mouths(self, pictures: list[int]) -> Tensor:
+        """(P, 1, H, W) masks; each is drawn once and kept as the part of the picture that it covers."""
+        height, width = self.inputs.size
+        masks = torch.zeros(len(pictures), 1, height, width, device=self.lips.device)
+        for mask, picture in zip(masks, pictures, strict=True):
+            if picture not in self._mouth_of:
+                lips = self.lips[self.code_of[picture]][None]
+                drawn = mouth_masks(lips, self.inputs.cameras[picture], self.inputs.size)[0, 0]
+                rows, columns = (drawn.any(side).nonzero()[:, 0].tolist() for side in (1, 0))
+                place = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows else None
+                self._mouth_of[picture] = None if place is None else (place, drawn[place])
+            if (mouth := self._mouth_of[picture]) is not None:
+                place, part = mouth
+                mask[0][place] = part
+        return masks
 
     def _background(self, count: int) -> Tensor:
         """(count, 3) colours."""
