@@ -296,7 +296,7 @@ def _register(client: MlflowClient, parent: str, checkpoint: Checkpoint) -> None
     assert checkpoint.folder is not None
     name = re.sub(r"[/:'\"]", "-", checkpoint.recipe)
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, tags={f"{TAG}method": checkpoint.method})
+        client.create_registered_model(name)
     there = [
         version
         for version in client.search_model_versions(f"name = '{name}'")
