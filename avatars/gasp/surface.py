@@ -52,9 +52,9 @@ class Surface(nn.Module):
         super().__init__()
         with torch.device("cpu"):  # a network that is only counted is built on the meta device; this is not
             if head is None:
-                from avatars.head import ParametricHead
+                from avatars.head.tracked import load_head
 
-                head = ParametricHead.load(config.head)
+                head = load_head(config.head)
             dropped = open_rim(head.faces, head.regions.get("boundary"))
             samples = sample_uv(head.uv, head.uv_faces, config.uv_resolution, dropped)
             if len(samples) == 0:

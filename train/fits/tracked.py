@@ -7,6 +7,7 @@ from torch import Tensor
 
 from avatars.errors import UserError
 from avatars.head.mesh import HeadMesh
+from train.fits.mouth import lip_points
 from train.fits.pictures import FitPictures
 
 __all__ = ["check_tracking", "tracked_identity"]
@@ -52,6 +53,15 @@ def tracked_identity(inputs: FitPictures, head: str, method: str) -> Tensor:
     return inputs.identity
 
 
+def face_points(head: HeadMesh) -> Tensor:
+    """Vertices (L,) inside the face: landmarks, or the lips of a head that has none.
+
+    Raises:
+        UserError: the head has neither.
+    """
+    return head.landmarks68[INNER_FACE] if len(head.landmarks68) else lip_points(head)[0]
+
+
 def check_tracking(inputs: FitPictures, head: HeadMesh) -> None:
     """Refuses pictures that a fit would only be spoiled by.
 
@@ -74,7 +84,7 @@ def check_tracking(inputs: FitPictures, head: HeadMesh) -> None:
         )
     codes = inputs.expressions[chosen]
     vertices = head.vertices(identity.expand(len(codes), -1), codes)
-    landmarks = vertices[:, head.landmarks68[INNER_FACE]]  # (P, 51, 3)
+    landmarks = vertices[:, face_points(head)]  # (P, L, 3)
     height, width = inputs.size
     shares = []
     for place, picture in enumerate(chosen):
