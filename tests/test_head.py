@@ -115,6 +115,8 @@ def test_the_oral_cavity_closes_the_mouth_of_the_built_in_head_and_is_sampled(he
     assert len(rims) == 1  # there is something to close, and the cavity's faces do
     samples = sample_uv(head.uv, head.uv_faces, 128, head.regions["boundary"])
     assert head.regions["mouth"][samples.triangles].sum() > 50
+    counts = [len(sample_uv(head.uv, head.uv_faces, n, head.regions["boundary"])) for n in (64, 128, 256)]
+    assert counts == [2915, 11657, 46577]  # what avatars on this head are made of
 
 
 def test_identity_basis_is_orthonormal_and_reconstructs_people(head):
