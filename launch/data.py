@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -225,20 +226,30 @@ def pack_folder(options: PackOptions) -> Manifest:
     )
 
 
-def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
+def demo_shards(
+    workspace: Workspace,
+    size: int,
+    demo: DemoCaptures,
+    *,
+    input_timesteps: Literal["different", "same"] = "different",
+    surface: bool = False,
+) -> Path:
     """The demo's shards at a picture size, made if they are not there yet.
 
     Args:
         workspace: where captures and shards are kept.
         size: side of the packed pictures in pixels.
         demo: how much to make.
+        input_timesteps: of which the pictures of an input set are.
+        surface: whether they have the features of `avatars.priors.SurfacePrior`.
     """
     from cluster.synth import synthesize_population
     from eval.hashing import short_hash
 
     # Other amounts than the default have a folder of their own, so that what is there is always what was asked for.
     name = f"demo-{size}" + ("" if demo == DEMO else f"-{short_hash(asdict(demo), 6)}")
-    out = workspace.shards / name
+    kind = ("-same-timestep" if input_timesteps == "same" else "") + ("-surface" if surface else "")
+    out = workspace.shards / f"{name}{kind}"
     if (out / "manifest.json").is_file():
         return out
     print(
@@ -254,7 +265,16 @@ def demo_shards(workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
         size=max(demo.size, size),
         seed=demo.seed,
     )
-    pack_folder(PackOptions(captures, out, size=size, heldout=demo.heldout, input_sets=demo.input_sets))
+    # Shards without their features are no shards of the workspace that a later command could take for the demo's.
+    packed = workspace.shards / "unfinished" / out.name if surface else out
+    if not (packed / "manifest.json").is_file():
+        options = PackOptions(captures, packed, size=size, heldout=demo.heldout, input_sets=demo.input_sets)
+        pack_folder(replace(options, input_timesteps=input_timesteps))
+    if surface:
+        from launch.priors import write_surface_features
+
+        write_surface_features(packed, out)
+        shutil.rmtree(packed)
     return out
 
 
@@ -278,7 +298,15 @@ def shards_there(data: Path | None, workspace: Workspace) -> Path | None:
     return data
 
 
-def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCaptures) -> Path:
+def shards_for(
+    data: Path | None,
+    workspace: Workspace,
+    size: int,
+    demo: DemoCaptures,
+    *,
+    input_timesteps: Literal["different", "same"] = "different",
+    surface: bool = False,
+) -> Path:
     """The shards that a training works on: the ones given, or the demo's.
 
     Args:
@@ -286,6 +314,8 @@ def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCap
         workspace: where the demo's are kept.
         size: side of the demo's packed pictures in pixels.
         demo: how much to make.
+        input_timesteps: of the demo's, see `demo_shards`.
+        surface: of the demo's, see `demo_shards`.
 
     Raises:
         UserError: `data` is given and is no folder of shards.
@@ -293,6 +323,6 @@ def shards_for(data: Path | None, workspace: Workspace, size: int, demo: DemoCap
     from shards import Manifest
 
     if data is None:
-        return demo_shards(workspace, size, demo)
+        return demo_shards(workspace, size, demo, input_timesteps=input_timesteps, surface=surface)
     Manifest.load(data)  # says what is wrong before anything starts
     return data

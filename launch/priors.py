@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cluster.pool import Event
     from shards import Manifest
 
-__all__ = ["PriorOptions", "priors"]
+__all__ = ["PriorOptions", "priors", "write_surface_features"]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,7 @@ def priors(words: list[str]) -> int:
 
 
 def surface(options: PriorOptions, manifest: Manifest) -> int:
-    """Shards with the features of `SurfacePrior`, which are computed here and now."""
-    from avatars.head import ParametricHead
-    from avatars.priors import SurfacePrior
-    from shards import PriorMaps, PriorSettings, write_with_priors
-
+    """`--features surface`: what cannot be is refused, and the rest computed here and now."""
     if manifest.priors.position != "depth" or options.position not in ("auto", "depth"):
         raise UserError(
             "--features surface needs the shards' own position maps from true depth, and there are "
@@ -129,13 +125,26 @@ def surface(options: PriorOptions, manifest: Manifest) -> int:
             f"--features surface needs captures tracked with the built-in head, and {options.shards} has "
             f"{manifest.head or 'no tracked head'}."
         )
-    prior = SurfacePrior(ParametricHead.load(manifest.head))
-    settings = PriorSettings("depth", prior.name, prior.dim, options.storage)
-    made = write_with_priors(
-        options.shards, options.out, lambda inputs: PriorMaps(features=prior(inputs)), settings, print
-    )
+    made = write_surface_features(options.shards, options.out, options.storage)
     print(f"{options.out}: positions {made.priors.position}, features {made.priors.features}")
     return 0
+
+
+def write_surface_features(folder: Path, out: Path, storage: Literal["fp16", "int8"] = "fp16") -> Manifest:
+    """Shards with the features of `SurfacePrior`.
+
+    Args:
+        folder: shards with true depth, tracked with the built-in head.
+        out: folder for the new ones.
+        storage: how they keep features.
+    """
+    from avatars.head import ParametricHead
+    from avatars.priors import SurfacePrior
+    from shards import PriorMaps, PriorSettings, write_with_priors
+
+    prior = SurfacePrior(ParametricHead.load("makehuman"))
+    settings = PriorSettings("depth", prior.name, prior.dim, storage)
+    return write_with_priors(folder, out, lambda inputs: PriorMaps(features=prior(inputs)), settings, print)
 
 
 class Progress:

@@ -184,6 +184,7 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
         UserError: a check failed, or the training ended without finishing.
         Preempted: SIGTERM came; the ranks have written a checkpoint and stopped.
     """
+    from avatars.priors.surface import SURFACE_CHANNELS
     from eval.tracking import mark_ended
     from launch.multihost import checkpoint_bytes, train_on_hosts
     from shards import Manifest
@@ -199,7 +200,14 @@ def run_training(options: LaunchOptions) -> tuple[Path, Path]:
     overrides = shlex.split(options.args)
     given = TrainOptions(config=config, data=Path(), run=Path())
     config = parse(TrainOptions, overrides, f"train {options.recipe}", given).config
-    shards = shards_for(options.data, workspace, task_for(config).size, options.demo)
+    shards = shards_for(
+        options.data,
+        workspace,
+        task_for(config).size,
+        options.demo,
+        input_timesteps=config.data.input_timesteps,
+        surface=getattr(config.model, "feature_dim", 0) == SURFACE_CHANNELS,
+    )
     manifest = Manifest.load(shards)
     task = task_for(settled(config, manifest))
     task.check_weights()

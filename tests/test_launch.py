@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from functools import partial
 
 import pytest
 
@@ -181,3 +182,25 @@ def test_a_fit_that_failed_is_in_the_report_s_list(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be fitted to s01"):
         run_fits(FitOptions(), tmp_path, workspace)
     assert [(f.subject, f.reason) for f in read_failures(workspace.results)] == [("s01", "no face")]
+
+
+def test_the_demo_is_packed_as_a_recipe_needs_it(tmp_path, monkeypatch):
+    import cluster.synth
+    from launch.data import DemoCaptures, demo_shards
+    from launch.workspace import Workspace
+    from shards import Manifest
+    from shards.synth import synthesize
+
+    monkeypatch.setattr(cluster.synth, "synthesize_population", partial(synthesize, progress=False))
+    demo = DemoCaptures(subjects=2, timesteps=5, views=4, size=32, heldout=1, input_sets=1)
+    workspace = Workspace(tmp_path)
+    plain = demo_shards(workspace, 32, demo)
+    special = demo_shards(workspace, 32, demo, input_timesteps="same", surface=True)
+    assert special.name == f"{plain.name}-same-timestep-surface"
+    for folder, timesteps, features in ((plain, "different", "none"), (special, "same", "surface:makehuman")):
+        manifest = Manifest.load(folder)
+        assert (manifest.settings.input_timesteps, manifest.priors.features) == (timesteps, features)
+    assert {path.parent for path in workspace.shards.glob("*/manifest.json")} == {plain, special}
+    before = (special / "manifest.json").stat().st_mtime_ns
+    assert demo_shards(workspace, 32, demo, input_timesteps="same", surface=True) == special
+    assert (special / "manifest.json").stat().st_mtime_ns == before
