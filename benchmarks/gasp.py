@@ -208,8 +208,9 @@ def driving(uv_resolution: int, size: int, device: str, frames: int) -> dict[str
 def speed() -> dict[str, Any]:
     torch.set_num_threads(1)
     content = {
-        "what": "seconds of one core (CPU time of one thread); a prior's training step without reading data, a fit to one picture by stage (medians "
-        "of steps, LPIPS left out), and an avatar driven with head, Gaussians and rasterizer",
+        "what": "seconds of one core (CPU time of one thread); a prior's training step without reading data, a fit to "
+        "one picture by stage (medians of steps, LPIPS left out), and an avatar driven with head, Gaussians and "
+        "rasterizer",
         "prior": [prior_speed("gasp-prior-cpu", "cpu", 20)],
         "fit": [fit_speed(RECIPES["gasp-cpu"](), 32, SIZE, "cpu", 15)],  # type: ignore[arg-type]
         "driving": [
