@@ -299,8 +299,10 @@ def edits(
 
     def read(people: list[FastAvatar], latents: Tensor) -> Tensor:
         """All attributes (P, 5) in standard deviations."""
-        heads = (head_labels(people) - mean[:3]) / spread[:3]
-        return torch.cat([heads, (design(latents) @ weights)[:, 3:].float()], 1)
+        values = (design(latents) @ weights).float()
+        places = [names.index(name) for name in ("age", "masculinity", "width")]
+        values[:, places] = (head_labels(people) - mean[places]) / spread[places]
+        return values
 
     told = (torch.stack([truth[name] for name in names], 1) - mean) / spread
     error = (read([method.decode(w) for w in unseen], unseen) - told).square().sum(0)
