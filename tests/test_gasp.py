@@ -598,3 +598,18 @@ def test_lpips_that_is_not_here_is_told(prior_folder, pictures, head, monkeypatc
     fit = replace(config, loss=replace(config.loss, lpips=0.1)).build(pictures, head=head)
     assert fit.notes == ["LPIPS left out of the loss: there are no weights."]
     assert "lpips" not in fit.advance()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_device_fits_the_same_person(prior_folder, pictures, tmp_path):
+    config = fit_config(prior_folder)
+    here = run_fit(config, pictures, tmp_path / "here").avatar
+    there = run_fit(config, pictures, tmp_path / "there", device="cuda").avatar
+    assert there.attributes.device.type == "cuda"
+    # Adam turns rounding of small gradients into steps of its rate; most attributes must agree all the same.
+    assert float((there.attributes.cpu() - here.attributes).abs().mean()) < 0.02
+    code = torch.zeros(here.expression_length)
+    torch.testing.assert_close(
+        there.gaussians(code.cuda()).means.cpu(), here.gaussians(code).means, atol=2e-3, rtol=0
+    )
