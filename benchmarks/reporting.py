@@ -239,13 +239,16 @@ def dashboard(folder: Path) -> dict[str, Any] | str:
         (folder / "browser").mkdir()
         browser = Browser(folder / "browser")
         times = []
-        for turn in range(4):  # the first also fetches the dashboard's program
-            browser.open("about:blank", 1400)
-            started = time.perf_counter()
-            browser.open(page + f"&turn={turn}", 1400)
-            browser.wait("document.body.innerText.includes('m49') && document.body.innerText.includes('m40')")
-            times.append(time.perf_counter() - started)
-        browser.close()
+        listed = "['m49', 'm46', 'matching runs'].every(words => document.body.innerText.includes(words))"
+        try:
+            for turn in range(4):  # the first also fetches the dashboard's program
+                browser.open("about:blank", 1400)
+                started = time.perf_counter()
+                browser.open(f"{page}&turn={turn}", 1400)
+                browser.wait(listed)
+                times.append(time.perf_counter() - started)
+        finally:
+            browser.close()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()

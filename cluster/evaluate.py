@@ -181,10 +181,13 @@ def evaluate_all(
         gpus = float(device != "cpu") if gpus is None else gpus
         room = min(len(jobs), workers or slots_here(cpus, gpus))
         with ray_session(room * cpus, room * gpus):
+            slots = min(len(jobs), workers or slots_here(cpus, gpus))
+            for job in jobs:
+                job.arguments["at_a_time"] = slots
             run_jobs(
                 evaluate_one,
                 jobs,
-                slots=min(len(jobs), workers or slots_here(cpus, gpus)),
+                slots=slots,
                 cpus=cpus,
                 gpus=gpus,
                 memory=memory,
@@ -224,6 +227,7 @@ def evaluate_one(arguments: dict[str, Any], report: Report) -> Row:
         out=Path(arguments["results"]),
         checkpoint_hash=checkpoint.hash_for(subject),
         device=arguments["device"],
+        at_a_time=arguments.get("at_a_time", 1),
         batch=arguments["batch"],
     )
 

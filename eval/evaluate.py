@@ -187,16 +187,22 @@ def evaluate_subject(
     checkpoint: str,
     out: Path,
     checkpoint_hash: str = "",
+    at_a_time: int = 1,
     device: str = "cpu",
     batch: int = 0,
 ) -> Row:
     """One subject's row with its pictures, written under `out`; the row is last and makes it finished.
 
     Takes what `evaluate` takes, of one subject, and the protocol's meter, whose networks are loaded. `checkpoint_hash`
-    is over the files that make this subject's avatar. Raises what `evaluate` raises.
+    is over the files that make this subject's avatar; `at_a_time` says how many rows are measured meanwhile. Raises
+    what `evaluate` raises.
     """
     measured = measure_subject(method, create, shards, subject, protocol, meter, device, batch)
-    row = _row(measured, method, checkpoint, subject, protocol, meter, checkpoint_hash)
+    row = replace(
+        _row(measured, method, checkpoint, subject, protocol, meter),
+        checkpoint_hash=checkpoint_hash,
+        at_a_time=at_a_time,
+    )
     folder = row_folder(out, method, checkpoint, subject, protocol.name, protocol.id)
     _save_pictures(folder, row, measured.inputs, measured.columns)
     if not isinstance(measured.made.avatar, Driven):
@@ -384,7 +390,6 @@ def _row(
     subject: str,
     protocol: Protocol,
     meter: Meter,
-    checkpoint_hash: str,
 ) -> Row:
     """The row of a measured subject; takes the driving rate on the way."""
     seconds = seconds_a_picture(measured.made.avatar, measured.expression, measured.frontal, protocol.size)
@@ -411,7 +416,6 @@ def _row(
         threads=torch.get_num_threads(),
         create_hardware=measured.made.hardware,
         variant=getattr(measured.made.avatar, "variant", ""),
-        checkpoint_hash=checkpoint_hash,
     )
 
 

@@ -58,6 +58,7 @@ class Row:
             with an attribute of this name gives it ("guided: its inputs include tracked views of the person"). Tables
             show such rows in a part of their own and never rank them with the others.
         checkpoint_hash: hash of the files that made the avatar, empty where nobody told it.
+        at_a_time: how many rows were measured at the same time, which timings suffer from.
     """
 
     method: str
@@ -78,6 +79,7 @@ class Row:
     create_hardware: str | None = field(default=None, repr=False)
     variant: str = ""
     checkpoint_hash: str = field(default="", repr=False)
+    at_a_time: int = 1
 
     @property
     def key(self) -> str:

@@ -247,9 +247,7 @@ def _notes(rows: list[Row], runs: list[Run], people: int) -> list[str]:
     notes = [
         f"{rows[0].protocol} {rows[0].protocol_id}: {subjects}{of} subjects, {pictures} pictures a method."
     ]
-    machines = sorted(
-        {f"{row.hardware}, {row.threads} thread{'s' if row.threads > 1 else ''}" for row in rows}
-    )
+    machines = sorted({_machine(row) for row in rows})
     notes.append(f"Timed on {'; '.join(machines)}.")
     for key in _keys(rows):
         name = DEFINITIONS[key].label if key in DEFINITIONS else key
@@ -261,6 +259,12 @@ def _notes(rows: list[Row], runs: list[Run], people: int) -> list[str]:
             told = ", ".join(f"{method} {count}" for method, count in dropped.items())
             notes.append(f"{name}: pictures left out, of {pictures}: {told}.")
     return notes
+
+
+def _machine(row: Row) -> str:
+    """What a row's timings were taken on."""
+    threads = f"{row.hardware}, {row.threads} thread{'s' if row.threads > 1 else ''}"
+    return threads if row.at_a_time == 1 else f"{threads}, {row.at_a_time} rows at a time"
 
 
 def _keys(rows: list[Row]) -> list[str]:

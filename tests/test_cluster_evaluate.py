@@ -77,6 +77,8 @@ def test_two_actors_give_the_numbers_of_one_process(checkpoints, protocol, tiny_
     assert alone.failures == bulk.failures == []
     assert len(bulk.rows) == 4 * 2 * 3
     assert numbers(alone.rows) == numbers(bulk.rows)
+    assert {row.at_a_time for row in alone.rows} == {1}
+    assert {row.at_a_time for row in bulk.rows} == {2}
     assert {row.method for row in bulk.rows} == {"avat3r", "flashavatar", "nearest-input"}
     assert {row.checkpoint for row in bulk.rows if row.method == "avat3r"} == {
         "first-step100",

@@ -110,6 +110,8 @@ def test_the_table_tells_when_not_all_people_were_measured():
         [ROW], people=4
     )
     assert "1 subjects, 2 pictures" in table([ROW], people=1)
+    assert "Timed on a machine, 2 threads." in table([ROW])
+    assert "Timed on a machine, 2 threads, 8 rows at a time." in table([replace(ROW, at_a_time=8)])
 
 
 def test_a_page_on_which_nothing_compares_says_so(evaluated, tmp_path):
