@@ -15,7 +15,8 @@ from avatars.errors import UserError
 from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 from launch.recipes import find_recipe
-from shards import Manifest
+from launch.recipes.avat3r import ABLATIONS
+from shards import BatchLoader, Manifest
 from train.tasks import settled, task_for
 
 TINY = Avat3rConfig(
@@ -415,3 +416,26 @@ def test_features_come_in_beside_the_tokens():
     nothing = replace(views, features=torch.zeros_like(views.features))
     assert torch.allclose(model.tokens(nothing), without.tokens(views), atol=1e-5)
     assert not torch.allclose(model.tokens(views), without.tokens(views), atol=1e-2)
+
+
+@pytest.mark.parametrize("row", ["", *ABLATIONS])
+def test_every_ablation_takes_a_step(row, tiny_shards):
+    base = find_recipe("avat3r-tiny")
+    change = ABLATIONS[row].model if row else {}
+    config = replace(base, model=replace(base.model, **{"feature_dim": 3, **change}))
+    module = task_for(config).build()
+    with BatchLoader(tiny_shards, "train", seed=0, micro_batch=1, views=2, threads=1) as loader:
+        batch = next(loader) | {"input_features": torch.randn(1, 4, 3, 6, 6), "progress": 0.0}
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    for _ in range(2):  # behind the heads, which start at zero, the second step is the first to say anything
+        loss, parts = module(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    merge = module.get_submodule("model.merge_features")
+    assert isinstance(merge, torch.nn.Linear) == bool(config.model.feature_dim)
+    assert loss.isfinite()
+    all_pixels = 4 * base.model.size**2
+    assert (parts["gaussians"] == all_pixels) == (not config.model.position_prior)
+    silent = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("key_value.bias" in n for n in silent), silent
