@@ -416,11 +416,13 @@ def _recipe(method: str, gpu: bool, source: FitSource) -> FitConfig:
     for name in (method, *many, here):
         if name in RECIPES:
             return RECIPES[name]()
+    own = sorted(name for name, recipe in RECIPES.items() if recipe().method == method)
+    if own:
+        raise UserError(
+            f"{method} has no recipe for {'GPUs' if gpu else 'CPUs'}; name one of its own: {', '.join(own)}."
+        )
     methods = sorted({recipe().method for recipe in RECIPES.values()})
-    raise UserError(
-        f"There is no fit called {method!r}; there are the methods {', '.join(methods)} and the recipes "
-        f"{', '.join(sorted(RECIPES))}."
-    )
+    raise UserError(f"There is no fit called {method!r}; there are the methods {', '.join(methods)}.")
 
 
 def network_identity(config: Any) -> dict[str, str]:

@@ -285,10 +285,12 @@ def test_a_method_chooses_its_recipe_by_the_hardware_and_the_pictures(monkeypatc
     assert chosen("other", False, views) == Other()
     changed = chosen("flashavatar", False, inputs, steps=7, uv_resolution=32)
     assert (changed.steps, changed.model.uv_resolution) == (7, 32)
-    with pytest.raises(
-        UserError, match=r"no fit called 'other'; there are the methods .*flashavatar, .*other"
-    ):
+    with pytest.raises(UserError, match="other has no recipe for GPUs; name one of its own: other-cpu"):
         chosen("other", True, inputs)
+    with pytest.raises(
+        UserError, match=r"no fit called 'otter'; there are the methods .*flashavatar, .*other"
+    ):
+        chosen("otter", True, inputs)
     with pytest.raises(UserError, match="A fit of other has no setting 'uv_resolution'"):
         chosen("other", False, inputs, uv_resolution=32)
     with pytest.raises(UserError, match="A fit of flashavatar has no setting 'network'"):
