@@ -678,6 +678,7 @@ def test_pictures_of_a_person_come_out_of_the_cpu_rasterizer(method):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_device_makes_the_same_person(method, shards):
     inputs = open_shards(shards, "heldout").read("s0004").input_sets[0]
     here = method.create(inputs)
