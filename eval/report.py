@@ -263,8 +263,11 @@ def _speed_and_quality(comparison: Comparison) -> str:
     taken: list[tuple[float, float]] = []
     for name, fps, psnr in dots:
         label = y(psnr) + 4
-        while any(abs(label - other) < 14 and abs(x(fps) - at) < 120 for at, other in taken):
-            label += 14  # below the label that would be covered
+        while any(abs(label - other) < 14 and abs(x(fps) - at) < 120 for at, other in taken) or any(
+            abs(label - 4 - y(other)) < 11 and 5 < x(at) - x(fps) < 12 + 7 * len(name)
+            for _, at, other in dots
+        ):
+            label += 14  # below the label or the dot that would be covered
         taken.append((x(fps), label))
         drawn.append(f"<circle cx='{x(fps):.1f}' cy='{y(psnr):.1f}' r='5'/>")
         drawn.append(f"<text x='{x(fps) + 9:.1f}' y='{label:.1f}'>{html.escape(name)}</text>")

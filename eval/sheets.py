@@ -178,7 +178,7 @@ def error_map(prediction: Tensor, target: Tensor) -> Image.Image:
     draw.rectangle((left - 1, top - 1, right, top + 10), outline=FAINT)
     draw.text((left - 4, top + 5), "0", fill=SOFT, font=_font(12), anchor="rm")
     draw.text((right + 4, top + 5), f"{ERROR_FULL:g}", fill=SOFT, font=_font(12), anchor="lm")
-    words, size = _fit(draw, "mean absolute error over channels, of 1", 12, right - left)
+    words, size = _fit(draw, "mean error of channels, of 1", 12, right - left)
     draw.text(((left + right) / 2, top + 21), words, fill=SOFT, font=_font(size), anchor="mm")
     return whole
 
