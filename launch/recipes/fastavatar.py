@@ -147,8 +147,8 @@ def fastavatar_encoder_tiny() -> TrainConfig:
 
 def fastavatar_captures() -> dict[str, DemoCaptures]:
     """What `make train` makes for each of these recipes where no data are given."""
-    paper = DemoCaptures(subjects=417, timesteps=3, views=16, size=512, input_sets=1, heldout=6, seed=100)
-    few = DemoCaptures(subjects=34, timesteps=3, views=16, size=128, input_sets=1, heldout=2, seed=100)
+    paper = DemoCaptures(subjects=417, timesteps=5, views=16, size=512, input_sets=1, heldout=6, seed=100)
+    few = DemoCaptures(subjects=34, timesteps=5, views=16, size=128, input_sets=1, heldout=2, seed=100)
     tiny = replace(few, subjects=4, views=8, size=48, heldout=1)
     return {
         f"fastavatar-{part}{scale}": captures
