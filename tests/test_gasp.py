@@ -376,7 +376,7 @@ def test_shards_that_a_prior_cannot_be_trained_on_are_refused(people):
 
 
 def test_lpips_without_weights_is_refused(monkeypatch):
-    monkeypatch.setattr("train.tasks.gasp.load_lpips", lambda: (None, "there are none."))
+    monkeypatch.setattr("train.losses.load_lpips", lambda: (None, "there are none."))
     with pytest.raises(UserError, match=r"there are none\..*--loss.lpips 0"):
         task_for(find_recipe("gasp-prior")).check_weights()
     task_for(find_recipe("gasp-prior-cpu")).check_weights()

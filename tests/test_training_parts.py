@@ -130,7 +130,7 @@ def test_print_config_is_what_would_run(capsys):
 
 
 def test_missing_weights_of_a_later_phase(monkeypatch):
-    monkeypatch.setattr("train.tasks.avat3r.load_lpips", lambda: (None, "vgg16.pth is nowhere."))
+    monkeypatch.setattr("train.losses.load_lpips", lambda: (None, "vgg16.pth is nowhere."))
     task_for(recipe()).check_weights()
     with pytest.raises(UserError, match=r"--loss\.lpips 0\.01 needs weights at 86% of the steps: vgg16\.pth"):
         task_for(find_recipe("avat3r")).check_weights()
@@ -162,7 +162,7 @@ def test_lpips_sets_in_where_the_recipe_says(monkeypatch, tiny_shards):
     from shards import BatchLoader
 
     network = Distance().requires_grad_(False)
-    monkeypatch.setattr("train.tasks.avat3r.load_lpips", lambda: (network, ""))
+    monkeypatch.setattr("train.losses.load_lpips", lambda: (network, ""))
     torch.manual_seed(0)
     with BatchLoader(tiny_shards, "train", seed=0, micro_batch=1, views=2) as loader:
         batch = next(loader)

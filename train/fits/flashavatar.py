@@ -18,8 +18,8 @@ from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
 from train.fits.look import neighbour_distance, sample_colors, spread_colors
 from train.fits.mouth import lip_points, mouth_masks
-from train.fits.perceptual import load_lpips
 from train.fits.pictures import FitPictures
+from train.perceptual import load_lpips
 
 __all__ = [
     "FlashAvatarFit",

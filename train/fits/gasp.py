@@ -18,10 +18,10 @@ from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
 from train.config import LossConfig
 from train.fits.look import sample_colors, spread_colors
-from train.fits.perceptual import load_lpips
 from train.fits.pictures import FitPictures
 from train.fits.tracked import check_tracking, tracked_identity
 from train.losses import picture_loss
+from train.perceptual import load_lpips
 from train.regularisers import displacement_penalty, size_penalty
 
 __all__ = ["ABLATIONS", "GaspFit", "GaspFitConfig", "ablated", "gasp_cpu", "gasp_gpu"]

@@ -16,8 +16,7 @@ from avatars.errors import UserError
 from avatars.rasterize import rasterize
 from shards import Manifest
 from train.config import LossConfig, TrainConfig
-from train.fits.perceptual import load_lpips
-from train.losses import picture_loss
+from train.losses import PictureLoss
 from train.task import Batch, of_kind
 
 __all__ = ["Avat3rTask", "views_from_batch"]
@@ -43,22 +42,7 @@ class Avat3rWithLoss(nn.Module):
     def __init__(self, config: Avat3rConfig, loss: LossConfig) -> None:
         super().__init__()
         self.model = Avat3r(config)
-        self.loss = loss
-        # Frozen, and no part of the module: neither trained, spread, saved nor exported.
-        self._lpips: list[nn.Module] = []
-
-    def lpips(self, device: torch.device) -> nn.Module:
-        """The frozen network, loaded when it is needed first.
-
-        Raises:
-            UserError: its weights have gone since `check_weights`.
-        """
-        if not self._lpips:
-            network, reason = load_lpips()
-            if network is None:
-                raise UserError(f"LPIPS sets in now, and its weights have gone: {reason}")
-            self._lpips.append(network.to(device))
-        return self._lpips[0]
+        self.loss = PictureLoss(loss)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Renders every example's target views and compares.
@@ -77,11 +61,7 @@ class Avat3rWithLoss(nn.Module):
             cameras = Cameras(batch["target_K"][index], batch["target_world_to_camera"][index])
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
-        loss, parts = picture_loss(predictions, wanted, self.loss)
-        if self.loss.lpips and batch["progress"] >= self.loss.lpips_start:
-            distance = self.lpips(predictions.device)(predictions * 2 - 1, wanted * 2 - 1).mean()
-            loss = loss + self.loss.lpips * distance
-            parts["lpips"] = distance.detach()
+        loss, parts = self.loss(predictions, wanted, batch["progress"])
         parts["gaussians"] = maps.anchors.keep.float().sum() / targets.shape[0]
         return loss, parts
 
@@ -154,11 +134,7 @@ class Avat3rTask:
         Raises:
             UserError: they are not.
         """
-        if self.loss.lpips and load_lpips()[0] is None:
-            raise UserError(
-                f"--loss.lpips {self.loss.lpips} needs weights at {self.loss.lpips_start:.0%} of the steps: "
-                f"{load_lpips()[1]} Bring them now, or take --loss.lpips 0."
-            )
+        PictureLoss(self.loss).check_weights()
 
     def build(self) -> nn.Module:
         """The network with its loss; its fresh weights expect the codes of the shards that were checked."""

@@ -28,8 +28,7 @@ from avatars.rasterize import rasterize
 from shards import Manifest
 from train.config import LossConfig, TrainConfig
 from train.fits.fastavatar import first_look
-from train.fits.perceptual import load_lpips
-from train.losses import picture_loss
+from train.losses import PictureLoss
 from train.task import Batch, of_kind
 
 __all__ = ["FastAvatarDecoderTask", "FastAvatarEncoderTask"]
@@ -43,10 +42,7 @@ class Drawn(nn.Module):
 
     def __init__(self, config: FastAvatarConfig, loss: LossConfig, decoder: Decoder) -> None:
         super().__init__()
-        self.config, self.loss, self.decoder = config, loss, decoder
-        self._frozen: list[
-            nn.Module
-        ] = []  # no part of the module: neither trained, spread, saved nor exported
+        self.config, self.loss, self.decoder = config, PictureLoss(loss), decoder
 
     def picture_losses(
         self, made: Decoded, identity: Tensor, batch: Batch
@@ -62,17 +58,7 @@ class Drawn(nn.Module):
             cameras = Cameras(batch["target_K"][person], batch["target_world_to_camera"][person])
             pictures.append(rasterize(gaussians, cameras, targets.shape[-2:]).image)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
-        loss, parts = picture_loss(predictions, wanted, self.loss)
-        if self.loss.lpips and batch["progress"] >= self.loss.lpips_start:
-            if not self._frozen:
-                network, reason = load_lpips()
-                if network is None:
-                    raise UserError(f"LPIPS sets in now, and its weights have gone: {reason}")
-                self._frozen.append(network.to(predictions.device))
-            distance = self._frozen[0](predictions * 2 - 1, wanted * 2 - 1).mean()
-            loss = loss + self.loss.lpips * distance
-            parts["lpips"] = distance.detach()
-        return loss, parts
+        return self.loss(predictions, wanted, batch["progress"])
 
     def shape_loss(self, predicted: Tensor, tracked: Tensor) -> Tensor:
         """Mean squared distance in cm² of the vertices of two heads, by their codes (B, I)."""
@@ -282,11 +268,7 @@ class FastAvatarTask:
         Raises:
             UserError: they are not.
         """
-        if self.loss.lpips and load_lpips()[0] is None:
-            raise UserError(
-                f"--loss.lpips {self.loss.lpips} needs weights: {load_lpips()[1]} Bring them now, or take "
-                "--loss.lpips 0."
-            )
+        PictureLoss(self.loss).check_weights()
 
     def untrained(self) -> Decoder:
         """A decoder on a grey head: what is learned where no template is given."""

@@ -19,8 +19,7 @@ from avatars.method import Method
 from avatars.rasterize import rasterize
 from shards import Manifest
 from train.config import LossConfig, TrainConfig
-from train.fits.perceptual import load_lpips
-from train.losses import picture_loss
+from train.losses import PictureLoss
 from train.regularisers import displacement_penalty, size_penalty
 from train.task import Batch, of_kind
 
@@ -45,25 +44,10 @@ class GaspWithLoss(nn.Module):
         """
         super().__init__()
         self.prior = GaspPrior(config, head)
-        self.loss = loss
+        self.loss = PictureLoss(loss)
         self.rows = {name: row for row, name in enumerate(people)}
         weights = 1 - (1 - config.scalp_share) * self.prior.surface.scalp().float()
         self.register_buffer("weights", weights, persistent=False)
-        # Frozen, and no part of the module: neither trained, spread, saved nor exported.
-        self._lpips: list[nn.Module] = []
-
-    def lpips(self, device: torch.device) -> nn.Module:
-        """The frozen network, loaded when it is needed first.
-
-        Raises:
-            UserError: its weights have gone since `check_weights`.
-        """
-        if not self._lpips:
-            network, reason = load_lpips()
-            if network is None:
-                raise UserError(f"LPIPS sets in now, and its weights have gone: {reason}")
-            self._lpips.append(network.to(device))
-        return self._lpips[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Renders every example's views over random backgrounds and compares.
@@ -91,7 +75,7 @@ class GaspWithLoss(nn.Module):
             alphas.append(rendering.alpha)
         predictions, alpha = torch.cat(pictures), torch.cat(alphas)
         wanted = targets + (1 - masks) * backgrounds[:, :, None, None]
-        loss, parts = picture_loss(predictions, wanted, self.loss)
+        loss, parts = self.loss(predictions, wanted, batch["progress"])
         held = {
             "alpha": config.alpha * (alpha - masks).abs().mean(),
             "displacement": config.displacement
@@ -100,9 +84,6 @@ class GaspWithLoss(nn.Module):
             * size_penalty(attributes[..., ATTRIBUTES["scale"]], config.largest, config.position_unit),
             "code": config.code_penalty * codes.square().sum(1).mean(),
         }
-        if self.loss.lpips and batch["progress"] >= self.loss.lpips_start:
-            distance = self.lpips(predictions.device)(predictions * 2 - 1, wanted * 2 - 1).mean()
-            held["lpips"] = self.loss.lpips * distance
         loss = loss + torch.stack(list(held.values())).sum()
         return loss, parts | {name: value.detach() for name, value in held.items()}
 
@@ -170,11 +151,7 @@ class GaspTask:
         Raises:
             UserError: they are not there.
         """
-        if self.loss.lpips and load_lpips()[0] is None:
-            raise UserError(
-                f"--loss.lpips {self.loss.lpips} needs weights: {load_lpips()[1]} Bring them now, or take "
-                "--loss.lpips 0."
-            )
+        PictureLoss(self.loss).check_weights()
 
     def build(self) -> nn.Module:
         """The prior with its loss."""
