@@ -23,6 +23,8 @@ METHODS = {
     "fastavatar": "avatars.fastavatar.method:FastAvatarMethod",
 }
 """Where the class of each trained network is: `load(folder, dtype)` reads what a training exported."""
+PRIORS = {"gasp": "headsplat fit gasp --network"}
+"""Trained networks that make nobody by themselves, and what fits people with them."""
 AVATARS = {
     "avat3r": "avatars.avat3r:Avat3rAvatar",
     "fastavatar": "avatars.fastavatar:FastAvatar",
@@ -123,12 +125,18 @@ def load_method(folder: str | Path, dtype: torch.dtype = torch.float32) -> Metho
         dtype: arithmetic of the network.
 
     Raises:
-        UserError: the folder holds no model, or one of a method that this version does not know.
+        UserError: the folder holds no model, a prior that makes nobody by itself, or a model of a method that this
+            version does not know.
     """
     description = Path(folder) / "model.json"
     if not description.is_file():
         raise UserError(
             f"{folder} holds no model.json. Train a model with `make train`, or name its export folder."
+        )
+    name = json.loads(description.read_text()).get("method")
+    if name in PRIORS:
+        raise UserError(
+            f"{folder} is a prior of {name} and makes nobody by itself; fit people with it: `{PRIORS[name]} {folder}`."
         )
     kind: type[Any] = _kind(METHODS, description)
     method: Method = kind.load(folder, dtype)

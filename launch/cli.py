@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from importlib import import_module
 
 __all__ = ["COMMANDS", "main"]
+
+BROKEN_PIPE = 141  # what a shell says of a program that the signal has ended
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("launch.doctor:doctor", "what works on this machine, and why not"),
@@ -97,10 +100,16 @@ def run(words: list[str]) -> int:
         name, rest = find(words)
         module, function = COMMANDS[name][0].split(":")
         command = getattr(import_module(module), function)
-        return int(command(rest) or 0)
+        status = int(command(rest) or 0)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"headsplat: {error}", file=sys.stderr, flush=True)
         return 1
+    except BrokenPipeError:
+        # Whoever read the output has had enough, as `| head` has; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def main(words: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from avatars.gasp.prior import Decoder
 from avatars.gaussians import quaternion_to_matrix
 from avatars.head import ParametricHead
 from avatars.head.mesh import triangle_frames
-from avatars.method import load_avatar
+from avatars.method import load_avatar, load_method
 from avatars.rasterize import rasterize
 from launch.cli import main
 from launch.data import DEMO
@@ -182,6 +182,10 @@ def test_a_prior_reads_back_and_says_what_it_is(head, tmp_path):
     described = json.loads((tmp_path / "model.json").read_text())
     assert described["method"] == "gasp"
     assert described["gaussians"] == len(prior.surface)
+    with pytest.raises(
+        UserError, match="makes nobody by itself; fit people with it: `headsplat fit gasp --network"
+    ):
+        load_method(tmp_path)
 
 
 def test_priors_that_do_not_belong_here_are_refused(head, tmp_path):

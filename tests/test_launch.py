@@ -2,6 +2,8 @@
 
 import shutil
 import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -42,6 +44,13 @@ def test_what_a_user_can_mend_is_a_sentence(words, sentence, capsys):
     assert sentence in error
     assert error.startswith("headsplat: ")
     assert "Traceback" not in error
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_traceback():
+    # `true` closes the pipe at once, long before the first word is printed.
+    command = f"{sys.executable} -m launch.cli train --help | true; exit ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (141, "")
 
 
 def test_an_unknown_override_names_the_nearest(capsys):
