@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from avatars.cameras import Cameras
 from avatars.errors import UserError
 
-__all__ = ["InputSet"]
+__all__ = ["Background", "InputSet"]
+
+Background = Literal["masked", "kept"]
+"""What input pictures show where the mask is zero: nothing (black), or what was behind the head."""
 
 
 @dataclass
@@ -19,7 +22,8 @@ class InputSet:
     """N pictures of one person, each from its own timestep, in the person's head frame.
 
     Attributes:
-        images: (N, 3, H, W) float sRGB in [0, 1], background removed (black) where masks are known.
+        images: (N, 3, H, W) float sRGB in [0, 1]; with `background` "masked" black where the mask is zero and masks
+            are known, with "kept" as the camera saw it. `masked` cuts them out.
         masks: (N, 1, H, W) foreground coverage in [0, 1].
         cameras: N cameras in the head frame, metres.
         positions: (N, 3, H, W) position maps in the head frame, metres, or None without a position prior.
@@ -31,6 +35,7 @@ class InputSet:
         head: name of the parametric head that tracked the capture, or None.
         identity: (I,) identity code of that head, or None.
         provenance: where the pictures come from (timesteps, camera ids, dataset); travels into exports.
+        background: whether the pictures show what is behind the head.
     """
 
     images: Tensor
@@ -45,6 +50,7 @@ class InputSet:
     head: str | None = None
     identity: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    background: Background = "masked"
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -88,6 +94,15 @@ class InputSet:
             )
         if not bool(torch.isfinite(self.images).all()):
             raise UserError(f"{who} has a picture with values that are not finite; read it again.")
+
+    def masked(self) -> InputSet:
+        """The set with its pictures over black, colours times coverage, for whoever has no use for a background.
+
+        Feature maps of pictures with a background are left out: their networks have seen it. Positions stay.
+        """
+        if self.background == "masked":
+            return self
+        return replace(self, images=self.images * self.masks, features=None, background="masked")
 
     def first(self, count: int) -> InputSet:
         """The set of only its first pictures; its provenance says which those are."""

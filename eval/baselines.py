@@ -19,6 +19,7 @@ __all__ = ["NearestInput", "nearest_input"]
 
 def nearest_input(inputs: InputSet) -> NearestInput:
     """The baseline's "avatar" of an input set."""
+    inputs = inputs.masked()
     directions = F.normalize(inputs.cameras.centers, dim=-1)
     return NearestInput(inputs.images, inputs.masks, directions, inputs.expression_kind)
 

@@ -124,6 +124,8 @@ class PackOptions:
     """Pictures of an input set."""
     input_timesteps: Literal["different", "same"] = "different"
     """Whether they are of different timesteps, as Avat3r is trained, or all of the same."""
+    input_background: Literal["masked", "kept"] = "masked"
+    """Whether they are cut out of what is behind the head, as targets always are, or not."""
     k: int = 3
     """Input cameras are drawn among the k farthest from those drawn before."""
     max_input_degrees: float = 80.0
@@ -213,6 +215,7 @@ def pack_folder(options: PackOptions) -> Manifest:
         input_sets=options.input_sets,
         n_inputs=options.input_views,
         input_timesteps=options.input_timesteps,
+        input_background=options.input_background,
         k=options.k,
         max_input_degrees=options.max_input_degrees,
         prior=options.prior,

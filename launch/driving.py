@@ -84,11 +84,14 @@ def create(words: list[str]) -> None:
 
 def chosen_inputs(options: CreateOptions, method: Method) -> InputSet:
     """The pictures that the options name, as the method takes them."""
+    from avatars.avat3r import Avat3rMethod
+
+    background = method.input_background if isinstance(method, Avat3rMethod) else "masked"
     if options.pictures is not None:
         from shards.photographs import read_photographs
 
         return read_photographs(
-            options.pictures, method.size, method.expression_kind, method.expression_length
+            options.pictures, method.size, method.expression_kind, method.expression_length, background
         )
     from shards import Manifest
 
@@ -99,7 +102,8 @@ def chosen_inputs(options: CreateOptions, method: Method) -> InputSet:
         raise UserError(
             f"{subject} has {len(sets)} input sets and --input-set is {options.input_set}; count from 0."
         )
-    return sets[options.input_set]
+    inputs = sets[options.input_set]
+    return inputs.masked() if background == "masked" else inputs
 
 
 def chosen_person(manifest: Manifest, subject: str) -> SubjectShards:

@@ -50,6 +50,7 @@ class Capture(ABC):
         head: name of the parametric head that tracked the capture, or None.
         identity: (I,) float32 identity code of that head, or None.
         has_depth: whether views come with depth.
+        has_background: whether `uncut` can show what is behind the head.
         lacks: what a capture of this layout does not have and others have, each with the reason and the
             remedy.
     """
@@ -65,6 +66,7 @@ class Capture(ABC):
     head: str | None = None
     identity: NDArray[np.float32] | None = None
     has_depth: bool = False
+    has_background: bool = False
     lacks: Mapping[str, str] = MappingProxyType({})
 
     def require(self, what: str, purpose: str) -> None:
@@ -89,6 +91,14 @@ class Capture(ABC):
         Raises:
             UserError: the picture is there but cannot be read.
         """
+
+    def uncut(self, t: int, v: int) -> NDArray[np.uint8] | None:
+        """The picture (H, W, 3) of a view, sRGB, with what is behind the head; None where `view` is None.
+
+        Raises:
+            UserError: the layout has no such pictures, or this one cannot be read.
+        """
+        raise UserError(f"{self.capture_id} has no pictures with what is behind the head ({self.layout}).")
 
     def cameras(self, t: int) -> Cameras:
         """The V cameras in the head frame of timestep `t`, float32."""

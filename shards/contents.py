@@ -35,7 +35,8 @@ class Contents:
             f"codes {m.expression_kind} of {m.expression_length} numbers, {head}",
             _priors(m.priors, m.prior_error),
             f"pictures {s.size} x {s.size} {_coding(s)}, {s.crop} crop, {s.n_inputs} to an input set",
-            f"input sets of {s.input_timesteps} timesteps, k {s.k}, to {s.max_input_degrees:g} degrees, seed {s.seed}",
+            f"input sets of {s.input_timesteps} timesteps, k {s.k}, to {s.max_input_degrees:g} degrees, seed {s.seed}, "
+            f"background {s.input_background}",
             "",
         ]
         header = ("subject", "split", "shards", "input sets", "timesteps", "views", "MB")

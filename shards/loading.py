@@ -51,7 +51,7 @@ class BatchLoader:
 
     | key | shape |
     | --- | --- |
-    | input_images | (B, N, 3, H, W) float sRGB on black |
+    | input_images | (B, N, 3, H, W) float sRGB, on black unless the shards keep what is behind the head |
     | input_masks | (B, N, 1, H, W) |
     | input_K, input_world_to_camera | (B, N, 3, 3), (B, N, 4, 4) in the head frame |
     | input_positions, input_confidence | (B, N, 3, H, W) metres, (B, N, 1, H, W); absent without a prior |
@@ -78,7 +78,7 @@ class BatchLoader:
         inputs: whether the pictures, cameras and priors of the input sets are read; absent otherwise.
         raw: pictures and masks as they are decoded, uint8 in [0, 255], and priors as they are stored,
             float16, or int8 with `input_features_scale` (B, N, D, 1, 1) float16: a fifth of the memory.
-            `to_float` makes of them what comes without `raw`.
+            `to_float` makes of them what comes without `raw`; `input_background` tells it what the pictures are.
 
     Attributes:
         step: number of the next micro-batch.
@@ -190,7 +190,10 @@ class BatchLoader:
             self._pool.submit(self._fill, example, {name: array[i] for name, array in arrays.items()})
             for i, example in enumerate(examples)
         ]
-        return _Pending(arrays, futures)
+        told: dict[str, str] = {}
+        if self._raw and self._inputs:
+            told["input_background"] = settings.input_background
+        return _Pending(arrays, futures, told)
 
     def _identity_length(self) -> int:
         """Numbers of the head's code, from the first shard that can be read; 0 where no shard has one."""
@@ -242,7 +245,8 @@ class BatchLoader:
                 _fill_identity(reader, described["identity"], out["identity"])
             names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
             if self._inputs:
-                self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"])
+                kept = self.manifest.settings.input_background == "kept"
+                self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"], kept)
                 _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
             if "input_positions" in out:
                 fill_positions(reader, inputs, names, out["input_positions"], out["input_confidence"])
@@ -259,9 +263,17 @@ class BatchLoader:
         return f"{described['subject']}/{described['timestep']}/{inputs}/{views}@{example.position}"
 
     def _fill_views(
-        self, reader: Reader, key: str, names: list[str], images: NDArray[Any], masks: NDArray[Any]
+        self,
+        reader: Reader,
+        key: str,
+        names: list[str],
+        images: NDArray[Any],
+        masks: NDArray[Any],
+        kept: bool = False,
     ) -> None:
-        """Decodes views into their rows of a batch, through a copy unless they stay as they are."""
+        """Decodes views into their rows of a batch, through a copy unless they stay as they are; with their background
+        where it is `kept`.
+        """
         if self._raw:
             decode_views(reader, key, names, images, masks[:, 0], self.manifest.settings.codec)
             return
@@ -269,18 +281,21 @@ class BatchLoader:
         pixels = np.empty((len(names), size, size, 3), np.uint8)
         coverage = np.empty((len(names), size, size), np.uint8)
         decode_views(reader, key, names, pixels, coverage, self.manifest.settings.codec)
-        float_pictures(pixels, coverage, out=images)
+        float_pictures(pixels, None if kept else coverage, out=images)
         float_masks(coverage, out=masks)
 
 
 def to_float(batch: dict[str, Any]) -> dict[str, Any]:
     """Makes of a raw batch, on whatever device it is, what comes without `raw`."""
     made = dict(batch)
+    kept = made.pop("input_background", "masked") == "kept"
     for kind in ("input", "target"):
         if f"{kind}_images" not in batch:
             continue
         images, masks = batch[f"{kind}_images"], batch[f"{kind}_masks"]
-        made[f"{kind}_images"] = (images * (masks > 0)).float().mul_(1 / 255).contiguous()
+        if not (kept and kind == "input"):
+            images = images * (masks > 0)
+        made[f"{kind}_images"] = images.to(torch.float32, copy=True).mul_(1 / 255).contiguous()
         made[f"{kind}_masks"] = masks.float().mul_(1 / 255)
     for name in ("input_positions", "input_confidence", "input_features"):
         if name in batch:
@@ -313,6 +328,7 @@ class _Pending:
 
     arrays: dict[str, NDArray[Any]]
     futures: list[Future[str]]
+    told: dict[str, str]
 
     def result(self) -> dict[str, Any]:
         """Waits; raises what a thread raised."""
@@ -325,7 +341,7 @@ class _Pending:
         for name in {"input_images", "target_images"} & set(batch):
             if batch[name].shape[-1] == 3 and batch[name].dtype == torch.uint8:  # decoders write (H, W, 3)
                 batch[name] = batch[name].permute(0, 1, 4, 2, 3)
-        return {**batch, "ids": ids}
+        return {**batch, **self.told, "ids": ids}
 
     def cancel(self) -> None:
         for future in self.futures:

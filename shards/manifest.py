@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from avatars.errors import UserError
+from avatars.inputs import Background
 from shards.codecs import CODECS
 from shards.stores import RemoteFolder, location
 
 __all__ = [
+    "INPUT_BACKGROUNDS",
     "SCHEMA",
     "SPLITS",
     "Manifest",
@@ -33,6 +35,7 @@ __all__ = [
 SCHEMA = 3
 SPLITS = ("train", "heldout")
 NAME = "manifest.json"
+INPUT_BACKGROUNDS = ("masked", "kept")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,15 @@ class PackSettings:
     Attributes:
         size: side of the square pictures in pixels.
         crop: "head": the largest square around the projected head; "full": the smallest around the whole picture.
-        background: "black": what the masks exclude was removed.
+        background: "black": what the masks exclude was removed from targets.
         codec: of the pictures: "jpeg", "png", "webp" or "webp-lossless".
         quality: of "jpeg" and "webp", 1 to 100.
         subsampling: of the chroma of "jpeg": "444", "422" or "420".
         prior: position maps that packing made: "depth" or "none". `Manifest.priors` says what is there now.
         n_inputs: pictures in an input set.
         input_timesteps: the pictures of an input set are of "different" timesteps, or all of the "same".
+        input_background: of input pictures, is what the masks exclude black ("masked") or there ("kept")? Targets
+            have none. Shards from before there was a choice are "masked".
         input_sets: input sets at the head of each shard.
         k: input cameras are drawn among the k farthest.
         max_input_degrees: how far from straight before the face an input camera may stand.
@@ -70,6 +75,7 @@ class PackSettings:
     timesteps_per_shard: int = 256
     seed: int = 0
     input_timesteps: Literal["different", "same"] = "different"
+    input_background: Background = "masked"
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,8 @@ class Manifest:
         settings = PackSettings(**content["settings"])
         if settings.codec not in CODECS:
             raise ValueError(f"there is no codec {settings.codec!r}")
+        if settings.input_background not in INPUT_BACKGROUNDS:
+            raise ValueError(f"there is no input_background {settings.input_background!r}")
         return cls(
             folder=folder,
             expression_kind=str(content["expression_kind"]),

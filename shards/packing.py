@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatars.errors import UserError
+from avatars.inputs import Background
 from shards.capture import Capture, View
 from shards.codecs import CODECS, encode_picture, extension
 from shards.draws import Draws
-from shards.manifest import Manifest, PackSettings, PriorSettings, ShardInfo, write_json
+from shards.manifest import INPUT_BACKGROUNDS, Manifest, PackSettings, PriorSettings, ShardInfo, write_json
 from shards.pictures import (
     CROPS,
     crop_and_resize,
@@ -49,7 +50,7 @@ NO_TRUST = 1.0  # log-confidence 0
 class _Picture:
     """One view, cut and resampled."""
 
-    image: NDArray[np.uint8]  # (S, S, 3), black where the mask is zero
+    image: NDArray[np.uint8]  # (S, S, 3), black where the mask is zero unless the background is kept
     mask: NDArray[np.uint8]  # (S, S)
     depth: NDArray[np.float32] | None  # (S, S)
     K: NDArray[np.float64]  # (3, 3)
@@ -74,6 +75,7 @@ def pack(
     max_input_degrees: float = 80.0,
     timesteps_per_shard: int = 256,
     input_timesteps: Literal["different", "same"] = "different",
+    input_background: Background = "masked",
     threads: int = 2,
     progress: Callable[[str], None] | None = None,
     pack_shards: PackShards | None = None,
@@ -102,6 +104,8 @@ def pack(
         timesteps_per_shard: target timesteps in one shard.
         input_timesteps: each picture of an input set is of another timestep ("different"), as Avat3r is trained, or
             all are of one ("same"), as for its ablation without random timesteps.
+        input_background: input pictures are cut out of what is behind the head ("masked") or not ("kept"); targets
+            are always cut out.
         threads: pictures are read, cut and encoded by this many threads.
         progress: called with a line of text after each shard.
         pack_shards: packs all the (capture, number of shard) it is given and returns their receipts in the
@@ -129,6 +133,7 @@ def pack(
         timesteps_per_shard=timesteps_per_shard,
         seed=seed,
         input_timesteps=input_timesteps,
+        input_background=input_background,
     )
     _check_settings(settings)
     _check_captures(captures, settings)
@@ -269,7 +274,8 @@ def _input_set(
             ) from None
         pictures = {}
         for i, (t, v) in enumerate(zip(timesteps, cameras, strict=True)):
-            picture = _picture(capture, t, v, settings, depth=settings.prior == "depth")
+            uncut = settings.input_background == "kept"
+            picture = _picture(capture, t, v, settings, depth=settings.prior == "depth", uncut=uncut)
             if picture is None:
                 allowed[i, v] = False
             else:
@@ -355,17 +361,22 @@ def _encode(picture: _Picture, settings: PackSettings) -> bytes:
     return encode_picture(picture.image, settings.codec, settings.quality, settings.subsampling)
 
 
-def _picture(capture: Capture, t: int, v: int, settings: PackSettings, depth: bool) -> _Picture | None:
-    """One view, cut and resampled; None for a dropped frame."""
+def _picture(
+    capture: Capture, t: int, v: int, settings: PackSettings, *, depth: bool, uncut: bool = False
+) -> _Picture | None:
+    """One view, cut and resampled; None for a dropped frame. `uncut` keeps what is behind the head."""
     view: View | None = capture.view(t, v, depth=depth)
     if view is None:
         return None
     K, world_to_camera = (matrices[v] for matrices in capture.camera_matrices(t))
     window = crop_window(K, world_to_camera, view.mask.shape, settings.crop)
     mask = crop_and_resize(view.mask, window, settings.size)
-    image = crop_and_resize(view.image, window, settings.size)
+    seen = capture.uncut(t, v) if uncut else view.image
+    if seen is None:
+        return None
+    image = crop_and_resize(seen, window, settings.size)
     return _Picture(
-        image=image * (mask > 0)[..., None],
+        image=image if uncut else image * (mask > 0)[..., None],
         mask=mask,
         depth=None if view.depth is None else resample_depth(view.depth, window, settings.size),
         K=fit_intrinsics(K, window, settings.size),
@@ -435,6 +446,8 @@ def _check_settings(settings: PackSettings) -> None:
         raise UserError(f"There is no prior {settings.prior!r} to pack; the priors are depth and none.")
     if settings.input_timesteps not in ("different", "same"):
         raise UserError(f"input_timesteps is {settings.input_timesteps!r}; it must be different or same.")
+    if settings.input_background not in INPUT_BACKGROUNDS:
+        raise UserError(f"input_background is {settings.input_background!r}; it must be masked or kept.")
     if settings.crop not in CROPS:
         raise UserError(f"There is no crop {settings.crop!r}; the crops are {' and '.join(CROPS)}.")
     if settings.codec not in CODECS:
@@ -487,6 +500,11 @@ def _check_captures(captures: list[Capture], settings: PackSettings) -> None:
             raise UserError(
                 f"{capture.capture_id} has {len(capture.camera_ids)} cameras, too few for {settings.n_inputs}"
                 " pictures of the same timestep. Pack inputs of different timesteps, or lower --input-views (n_inputs)."
+            )
+        if settings.input_background == "kept" and not capture.has_background:
+            raise UserError(
+                f"{capture.capture_id} is of the layout {capture.layout}, whose pictures have nothing behind the head"
+                " to keep. Pack it with --input-background masked."
             )
         if settings.prior == "depth" and not capture.has_depth:
             raise UserError(

@@ -22,13 +22,19 @@ from torch import Tensor
 
 from avatars.cameras import Cameras
 from avatars.errors import UserError
-from avatars.inputs import InputSet
+from avatars.inputs import Background, InputSet
 from shards.pictures import crop_and_resize, crop_window, fit_intrinsics, resample_depth
 
 __all__ = ["read_photographs"]
 
 
-def read_photographs(folder: str | Path, size: int, expression_kind: str, expression_length: int) -> InputSet:
+def read_photographs(
+    folder: str | Path,
+    size: int,
+    expression_kind: str,
+    expression_length: int,
+    background: Background = "masked",
+) -> InputSet:
     """Reads `pictures.json` and what it names, cuts every picture to the head and resamples it.
 
     Args:
@@ -36,6 +42,7 @@ def read_photographs(folder: str | Path, size: int, expression_kind: str, expres
         size: side of the square pictures that a method takes, in pixels.
         expression_kind: the kind of code of the method; pictures of another kind are refused.
         expression_length: its length; pictures without a code count as neutral (zeros).
+        background: "masked" to make black what masks exclude, where there are masks; "kept" to leave it.
 
     Raises:
         UserError: a file is missing or damaged, or a field is not what it must be.
@@ -50,7 +57,8 @@ def read_photographs(folder: str | Path, size: int, expression_kind: str, expres
         raise UserError(
             f"{folder / 'pictures.json'} has {kind} expression codes and the method takes {expression_kind}."
         )
-    read = [_picture(folder, i, entry, size, expression_length) for i, entry in enumerate(entries)]
+    kept = background == "kept"
+    read = [_picture(folder, i, entry, size, expression_length, kept) for i, entry in enumerate(entries)]
     with_prior = [p["position"] is not None for p in read]
     if any(with_prior) and not all(with_prior):
         raise UserError(
@@ -71,6 +79,7 @@ def read_photographs(folder: str | Path, size: int, expression_kind: str, expres
         expression_kind=kind,
         subject=str(described.get("subject", folder.resolve().name)),
         provenance={"layout": "photographs", "pictures": [str(entry["image"]) for entry in entries]},
+        background=background,
     )
     inputs.check()
     return inputs
@@ -90,8 +99,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return described
 
 
-def _picture(folder: Path, number: int, entry: Any, size: int, expression_length: int) -> dict[str, Any]:
-    """One entry of `pictures.json` as arrays."""
+def _picture(
+    folder: Path, number: int, entry: Any, size: int, expression_length: int, kept: bool
+) -> dict[str, Any]:
+    """One entry of `pictures.json` as arrays, with what is behind the head where that is `kept`."""
     where = f"{folder / 'pictures.json'}, picture {number}"
     if not isinstance(entry, dict):
         raise UserError(f"{where} is no object.")
@@ -108,7 +119,7 @@ def _picture(folder: Path, number: int, entry: Any, size: int, expression_length
         raise UserError(f"{where}: the mask is {mask.shape} pixels and the picture {(height, width)}.")
     window = crop_window(K, world_to_camera, (height, width))
     mask = crop_and_resize(mask, window, size)
-    picture = crop_and_resize(image, window, size) * (mask > 0)[..., None]
+    picture = crop_and_resize(image, window, size) * (kept | (mask > 0))[..., None]
     code = np.zeros(expression_length)
     if "expression" in entry:
         code = _numbers(entry, "expression", (expression_length,), where)

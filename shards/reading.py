@@ -190,9 +190,9 @@ def read_input_set(reader: Reader, key: str, manifest: Manifest) -> InputSet:
         features = np.empty((len(names), priors.feature_dim, *priors.feature_grid), np.float32)
         fill_features(reader, key, names, features, priors.storage)
         maps["features"] = torch.from_numpy(features)
-    identity = described["identity"]
+    identity, kept = described["identity"], manifest.settings.input_background == "kept"
     return InputSet(
-        images=torch.from_numpy(float_pictures(images, masks)),
+        images=torch.from_numpy(float_pictures(images, None if kept else masks)),
         masks=torch.from_numpy(float_masks(masks)),
         cameras=cameras_of(pictures),
         **maps,
@@ -211,6 +211,7 @@ def read_input_set(reader: Reader, key: str, manifest: Manifest) -> InputSet:
             "timesteps": [picture["timestep"] for picture in pictures],
             "camera_ids": [picture["camera"] for picture in pictures],
         },
+        background=manifest.settings.input_background,
     )
 
 
@@ -350,13 +351,16 @@ def cameras_of(described: Sequence[dict[str, Any]]) -> Cameras:
 
 
 def float_pictures(
-    images: NDArray[np.uint8], masks: NDArray[np.uint8], out: NDArray[np.float32] | None = None
+    images: NDArray[np.uint8], masks: NDArray[np.uint8] | None, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
     """Pictures (v, H, W, 3) as (v, 3, H, W) float in [0, 1]; what a codec smeared over the mask's edge is
-    removed.
+    removed. Without masks all of a picture stays.
     """
+    channels = images.transpose(0, 3, 1, 2)
+    if masks is None:
+        return np.multiply(channels, np.float32(1 / 255), out=out, order="C")
     scale = np.where(masks > 0, np.float32(1 / 255), np.float32(0))
-    return np.multiply(images.transpose(0, 3, 1, 2), scale[:, None], out=out, order="C")
+    return np.multiply(channels, scale[:, None], out=out, order="C")
 
 
 def float_masks(masks: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

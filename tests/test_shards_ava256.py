@@ -214,11 +214,17 @@ def test_views_lose_the_studio(tmp_path, masks):
     )  # a step of lossy AVIF in the dark is many of gamma's
     assert np.mean((view.mask > 127) == inside) > 0.99
     assert view.depth is None
+    uncut = capture.uncut(1, 0).astype(float)
+    studio = linear_to_srgb(np.full(3, 30 / 255, np.float32)) * 255
+    assert np.abs(uncut - expected)[inside].mean() < 3
+    assert np.abs(uncut - studio)[~inside].mean() < 12
+    assert capture.has_background
 
 
 def test_a_dropped_frame_is_none_and_not_another_one(folder):
     capture = read_capture(folder)
     assert capture.view(2, 1) is None
+    assert capture.uncut(2, 1) is None
     assert capture.view(2, 0) is not None
     assert capture.view(3, 1) is not None
 

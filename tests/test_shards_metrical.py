@@ -94,6 +94,9 @@ def test_the_picture_of_a_frame_is_the_one_after(tmp_path):
         inside = view.mask == 255
         assert abs(np.median(view.image[..., 2][inside]) - (90 + 8 * t)) <= 2
         assert (view.image[view.mask == 0] == 0).all()
+        uncut = capture.uncut(t, 0)
+        assert uncut[view.mask == 0].any()
+        np.testing.assert_array_equal(uncut[inside], view.image[inside])
     assert (capture.view(0, 0).mask[31:] == 0).all()  # parsed
     assert (capture.view(1, 0).mask[31:36] == 255).any()  # not parsed
 

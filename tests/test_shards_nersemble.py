@@ -317,6 +317,9 @@ def test_the_v1_layout_is_read(tmp_path):
     plain, corrected = capture.view(1, 1), capture.view(1, 0)
     np.testing.assert_array_equal(plain.image[inside], picture(4, 1)[inside])
     assert (plain.image[~inside] == 0).all()
+    np.testing.assert_array_equal(capture.uncut(1, 1), picture(4, 1))
+    np.testing.assert_array_equal(capture.uncut(1, 0)[inside], corrected.image[inside])
+    assert capture.uncut(2, 1) is None
     expected = picture(4, 0) / 255 @ (np.eye(3)[:, ::-1] * 0.5) + [0.1, 0.2, 0.3]
     np.testing.assert_allclose(corrected.image[inside] / 255, expected[inside], atol=0.003)
     np.testing.assert_allclose(plain.depth[inside], 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from avatars.avat3r.config import Avat3rConfig
@@ -239,9 +239,11 @@ class TrainConfig:
         return json.loads(json.dumps({"method": self.model.method, **asdict(self)}))
 
     def same_model_as(self, other: dict[str, Any]) -> bool:
-        """Whether a checkpoint with the configuration `other` fits this one's network."""
-        own = self.to_json()
-        return all(own[name] == other.get(name) for name in ("method", "model"))
+        """Whether a checkpoint with the configuration `other` fits this one's network. A field that the version which
+        wrote it did not know counts as today's default.
+        """
+        own, defaults = self.to_json(), replace(self, model=type(self.model)()).to_json()["model"]
+        return own["method"] == other.get("method") and own["model"] == defaults | other.get("model", {})
 
 
 def accumulation(config: TrainConfig, world_size: int, inherited: int = 0) -> int:

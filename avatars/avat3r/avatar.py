@@ -16,7 +16,7 @@ from avatars.avat3r.model import Avat3r, KeptAnchors, Views, activate
 from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.gaussians import Gaussians
-from avatars.inputs import InputSet
+from avatars.inputs import Background, InputSet
 
 __all__ = ["MOST_VIEWS", "Avat3rAvatar", "Avat3rMethod", "views_of"]
 
@@ -82,6 +82,11 @@ class Avat3rMethod:
         return self.model.config.position_prior
 
     @property
+    def input_background(self) -> Background:
+        """Whether its pictures show what is behind the head."""
+        return self.model.config.input_background
+
+    @property
     def feature_prior(self) -> str | None:
         """Name of the prior whose feature maps its pictures must come with ("" for one that nobody wrote down), or
         None for a network that takes none.
@@ -93,7 +98,8 @@ class Avat3rMethod:
         """Encodes the pictures once.
 
         Raises:
-            UserError: the pictures' number, size, cameras, priors or expression codes are not what the network takes.
+            UserError: the pictures' number, size, background, cameras, priors or expression codes are not what the
+                network takes. Pictures with a background are cut out for a network that was trained without.
         """
         config = self.model.config
         if inputs.size != (config.size, config.size):
@@ -112,6 +118,7 @@ class Avat3rMethod:
                 f"The input set of {inputs.subject} has {len(inputs)} pictures and Avat3r takes 1 to {MOST_VIEWS}; "
                 "leave some out, or pack the shards with fewer --input-views."
             )
+        inputs = self._as_trained(inputs)
         self._check_features(inputs)
         views = views_of(inputs)
         return Avat3rAvatar(
@@ -123,6 +130,23 @@ class Avat3rMethod:
             self.expression_kind,
             inputs.provenance,
         )
+
+    def _as_trained(self, inputs: InputSet) -> InputSet:
+        """The pictures with a background or without, as the network knows them."""
+        trained = self.model.config.input_background
+        if trained == inputs.background:
+            return inputs
+        if trained == "kept":
+            raise UserError(
+                f"Avat3r was trained on pictures with what is behind the head, and the input set of {inputs.subject} "
+                "is cut out of it; pack the shards with --input-background kept."
+            )
+        if self.model.config.feature_dim and inputs.features is not None:
+            raise UserError(
+                "Avat3r was trained on features of pictures that are cut out of what is behind the head, and the input "
+                f"set of {inputs.subject} is not; pack the shards with --input-background masked."
+            )
+        return inputs.masked()
 
     def _check_features(self, inputs: InputSet) -> None:
         """Refuses features of another prior than those that the network was trained on, or none where it needs some."""

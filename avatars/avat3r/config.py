@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from avatars.errors import UserError
+from avatars.inputs import Background
 
 __all__ = ["Avat3rConfig", "ConfidenceSpace"]
 
@@ -47,6 +48,8 @@ class Avat3rConfig:
     """Channels of the semantic feature map (1920 for Sapiens 2B), 0 for none."""
     feature_prior: str = ""
     """Name of the prior that made the features, with a hash of its weights; filled in from the shards."""
+    input_background: Background = "masked"
+    """Whether input pictures are cut out of what is behind the head; filled in from the shards."""
     position_skip: bool = True
     """Add the position map to the predicted positions."""
     color_skip: bool = True

@@ -142,7 +142,7 @@ class FastAvatarMethod:
                 f"{inputs.expression_kind}."
             )
         inputs.check()
-        used = inputs.first(1)
+        used = inputs.first(1).masked()
         latent = self.latent(used.images[0], used.masks[0], inputs.subject)
         return self.decode(latent, provenance=used.provenance)
 

@@ -57,6 +57,10 @@ def linear_to_srgb(linear: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(np.maximum(balanced, 1e-6) ** GAMMA, 0, 1).astype(np.float32)
 
 
+def _bytes(linear: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.round(linear_to_srgb(linear) * 255).astype(np.uint8)
+
+
 class Ava256Capture(Capture):
     """One capture of Ava-256.
 
@@ -69,6 +73,7 @@ class Ava256Capture(Capture):
 
     layout = "ava-256"
     expression_kind = "ava-256"
+    has_background = True
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -132,8 +137,12 @@ class Ava256Capture(Capture):
             linear = linear * coverage
         else:  # what of a pixel is studio is known and taken away, in the linear colours that light adds up in
             linear = np.clip(linear - (1 - coverage) * background, 0, 1).astype(np.float32)
-        image = np.round(linear_to_srgb(linear) * 255).astype(np.uint8)
-        return View(image=image, mask=mask)
+        return View(image=_bytes(linear), mask=mask)
+
+    def uncut(self, t: int, v: int) -> NDArray[np.uint8] | None:
+        """The same picture with the studio in it."""
+        stored = self._picture("image", t, v)
+        return None if stored is None else _bytes((stored / 255).astype(np.float32))
 
     def _read_cameras(self) -> None:
         file = self._decoder / "camera_calibration.json"

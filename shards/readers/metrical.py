@@ -43,6 +43,7 @@ class MetricalCapture(Capture):
     """
 
     layout = "metrical-tracker"
+    has_background = True
     expression_kind = "flame-135"
     head = "flame2020"
 
@@ -93,6 +94,10 @@ class MetricalCapture(Capture):
             mask = np.where(read_picture(parsed, "L", self.size) > 127, mask, 0).astype(np.uint8)
         image = read_picture(self._image(stem), "RGB", self.size)
         return View(image=np.round(image * (mask[..., None] / np.float32(255))).astype(np.uint8), mask=mask)
+
+    def uncut(self, t: int, v: int) -> NDArray[np.uint8]:
+        """The video's frame as it is."""
+        return read_picture(self._image(self.timestep_ids[t]), "RGB", self.size)
 
     def _image(self, stem: str) -> Path:
         number = int(stem) + 1 if stem.isdigit() else 0

@@ -229,6 +229,7 @@ class NersembleV1Capture(_Nersemble):
     """
 
     layout = "nersemble-v1"
+    has_background = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -269,11 +270,7 @@ class NersembleV1Capture(_Nersemble):
         pictures, masks = _folder(frame, "images-2x"), _folder(frame, "alpha_map")
         if pictures is None or not (pictures / name).is_file():
             return None
-        image = read_picture(pictures / name, "RGB", self.size)
-        affine = self._colors.get(self.camera_ids[v])
-        if affine is not None:
-            corrected = image.astype(np.float64) / 255 @ affine[:3, :3] + affine[:3, 3]
-            image = np.round(np.clip(corrected, 0, 1) * 255).astype(np.uint8)
+        image = self._corrected(pictures / name, v)
         mask = (
             np.full(self.size, 255, np.uint8) if masks is None else read_picture(masks / name, "L", self.size)
         )
@@ -284,6 +281,20 @@ class NersembleV1Capture(_Nersemble):
             stored = read_picture(depths / name, "I;16", self.size).astype(np.float32)
             z = np.where(stored > 0, (stored - 1) / DEPTH_STEPS, 0).astype(np.float32)
         return View(image=covered, mask=mask, depth=z)
+
+    def uncut(self, t: int, v: int) -> NDArray[np.uint8] | None:
+        """The same picture, in corrected colours too, as a whole."""
+        pictures = _folder(self._frames[self.timestep_ids[t]], "images-2x")
+        path = None if pictures is None else pictures / f"cam_{self.camera_ids[v]}.png"
+        return None if path is None or not path.is_file() else self._corrected(path, v)
+
+    def _corrected(self, path: Path, v: int) -> NDArray[np.uint8]:
+        image = read_picture(path, "RGB", self.size)
+        affine = self._colors.get(self.camera_ids[v])
+        if affine is None:
+            return image
+        corrected = image.astype(np.float64) / 255 @ affine[:3, :3] + affine[:3, 3]
+        return np.round(np.clip(corrected, 0, 1) * 255).astype(np.uint8)
 
 
 def _by_serial(folder: Path | None, end: str) -> dict[str, Path]:

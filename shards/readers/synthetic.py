@@ -61,6 +61,7 @@ class SyntheticCapture(Capture):
     """
 
     layout = "headsplat-synthetic"
+    has_background = True
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -145,6 +146,11 @@ class SyntheticCapture(Capture):
         image = read_picture(self.path / "image" / name, "RGB", self.size)
         mask = read_picture(self.path / "mask" / name, "L", self.size)
         return View(image=_over_black(image, mask, self._background), mask=mask, depth=z)
+
+    def uncut(self, t: int, v: int) -> NDArray[np.uint8]:
+        """The picture as it was drawn, over the studio."""
+        name = f"{self.timestep_ids[t]}/{self.camera_ids[v]}.png"
+        return read_picture(self.path / "image" / name, "RGB", self.size)
 
 
 def _over_black(

@@ -121,9 +121,10 @@ class FitPictures:
 
     @classmethod
     def of(cls, inputs: InputSet | FitPictures) -> FitPictures:
-        """An input set without what only networks need of it."""
+        """An input set without what only networks need of it: priors, and what is behind the head."""
         if isinstance(inputs, FitPictures):
             return inputs
+        inputs = inputs.masked()
         return cls(
             inputs.images,
             inputs.masks,

@@ -31,10 +31,13 @@ def task_for(config: TrainConfig) -> Task:
 
 
 def settled(config: TrainConfig, manifest: Manifest) -> TrainConfig:
-    """The configuration with what only the shards know: whose features they hold, and how many people a table of
-    learned codes has rows for.
+    """The configuration with what only the shards know: whose features they hold, whether their input pictures keep
+    what is behind the head, and how many people a table of learned codes has rows for.
     """
     model: Any = config.model
+    if manifest.settings.input_background == "kept" and hasattr(model, "input_background"):
+        model = replace(model, input_background="kept")
+        config = replace(config, model=model)
     if getattr(model, "feature_dim", 0) and not model.feature_prior:
         return replace(config, model=replace(model, feature_prior=manifest.priors.features))
     if getattr(model, "people", None) != 0:

@@ -109,6 +109,12 @@ class Avat3rTask:
                 f"--data.input-timesteps is {self.input_timesteps}; pack them with `headsplat shards pack "
                 f"--input-timesteps {self.input_timesteps}`, or change the recipe."
             )
+        if settings.input_background != config.input_background:
+            raise UserError(
+                f"{manifest.folder} holds input pictures with the background {settings.input_background} and the "
+                f"recipe's --model.input-background is {config.input_background}; leave the option out, or pack with "
+                f"`headsplat shards pack --input-background {config.input_background}`."
+            )
         priors = manifest.priors
         if config.position_prior and priors.position == "none":
             raise UserError(
