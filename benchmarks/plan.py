@@ -68,7 +68,7 @@ def measure(recipe: str, precision: str, stage: int, shards: Path) -> dict[str, 
         with meter, FlopCounterMode(display=False) as counter:
             if step == 2:
                 meter.peak = meter.alive
-            loss, _ = engine(batch)
+            loss, _ = engine(batch | {"progress": 0.0})
             engine.backward(loss)
             del loss
             engine.step()

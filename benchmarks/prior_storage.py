@@ -124,7 +124,7 @@ def train_and_measure(folder: Path, way: Way, steps: int) -> float:
         for step, batch in zip(range(steps), loader, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss, _ = module(batch)
+            loss, _ = module(batch | {"progress": 0.0})
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
