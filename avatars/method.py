@@ -16,7 +16,7 @@ from avatars.gaussians import Gaussians
 from avatars.inputs import InputSet
 from avatars.rasterize import Rendering, rasterize
 
-__all__ = ["Avatar", "Method", "load_avatar", "load_method", "render"]
+__all__ = ["Avatar", "Method", "check_codes", "load_avatar", "load_method", "render"]
 
 METHODS = {
     "avat3r": "avatars.avat3r:Avat3rMethod",
@@ -93,6 +93,19 @@ class Method(Protocol):
     def create(self, inputs: InputSet) -> Avatar:
         """Makes the avatar of the person in `inputs`."""
         ...
+
+
+def check_codes(avatar: Avatar, expressions: Tensor) -> None:
+    """Refuses codes that do not drive an avatar.
+
+    Raises:
+        UserError: `expressions` is not (B, E) with the avatar's own E.
+    """
+    if expressions.shape[1:] != (avatar.expression_length,):
+        raise UserError(
+            f"This avatar is driven by {avatar.expression_kind} codes of {avatar.expression_length} numbers, not by "
+            f"{tuple(expressions.shape[1:])}."
+        )
 
 
 def render(

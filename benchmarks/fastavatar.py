@@ -28,7 +28,7 @@ from record import arguments, medians, write
 from torch import Tensor
 
 from avatars.cameras import Cameras
-from avatars.fastavatar import FastAvatar, FastAvatarConfig, load_head, seats_of
+from avatars.fastavatar import FastAvatar, FastAvatarConfig, seats_of, shared_head
 from avatars.fastavatar.editing import Directions, between, fit_directions
 from avatars.fastavatar.faces import FROZEN, crops, head_box, recogniser
 from avatars.fastavatar.method import FastAvatarMethod
@@ -55,7 +55,7 @@ TIMED = 60  # steps of the longer of the two FlashAvatar fits
 def untrained(config: FastAvatarConfig) -> FastAvatarMethod:
     """A model of that shape on a grey head."""
     torch.manual_seed(0)
-    head = load_head(config.head)
+    head = shared_head(config.head)
     nobody, calm = torch.zeros(1, head.n_identity), torch.zeros(1, head.n_expression)
     centers, _ = seats_of(head, config.uv_resolution).posed(head.vertices(nobody, calm))
     grey = FastAvatar(first_look(centers[0], config), nobody[0], head=config.head,
@@ -264,7 +264,7 @@ def walks(method: FastAvatarMethod, made: list[FastAvatar]) -> dict[str, Any]:
 
 def head_labels(people: list[FastAvatar]) -> Tensor:
     """Age, masculinity and width (P, 3) of the heads that w is decoded to, by the maps that made the labels."""
-    head = load_head(people[0].head)
+    head = shared_head(people[0].head)
     codes = torch.stack([person.identity for person in people])
     with_one = torch.cat([codes, torch.ones(len(codes), 1)], 1)
     masculinity, age = (with_one @ torch.as_tensor(head.arrays["attribute_map"]).float()).T

@@ -225,7 +225,7 @@ def label_people(captures: Path, subjects: Sequence[str]) -> dict[str, Tensor]:
     """
     import torch
 
-    from avatars.fastavatar import load_head
+    from avatars.fastavatar import shared_head
     from shards.synth.hair import STYLES
 
     rows, codes = [], []
@@ -242,7 +242,7 @@ def label_people(captures: Path, subjects: Sequence[str]) -> dict[str, Tensor]:
             raise UserError(
                 f"{path} holds no labels; name the folder of the synthetic captures that the shards were packed from."
             ) from error
-    head = load_head("makehuman")
+    head = shared_head("makehuman")
     calm = torch.zeros(len(codes), head.n_expression)
     ears = head.vertices(torch.tensor(codes), calm)[:, head.landmarks68[[0, 16]]]
     age, masculinity, tone, hair = torch.tensor(rows).T

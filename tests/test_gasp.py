@@ -197,7 +197,7 @@ def test_priors_that_do_not_belong_here_are_refused(head, tmp_path):
     for change, sentence in (
         ({"method": "avat3r"}, "not a prior of gasp"),
         ({"surface": "0" * 16}, "other triangles or another UV map"),
-        ({"config": {**good["config"], "wings": 2}}, "'wings'"),
+        ({"config": {**good["config"], "wings": 2}}, "unknown fields wings"),
         ({"config": {**good["config"], "code": 7}}, "does not fit its model.json"),
     ):
         description.write_text(json.dumps(good | change))
@@ -369,7 +369,7 @@ def test_shards_that_a_prior_cannot_be_trained_on_are_refused(people):
     for changed, sentence in (
         (replace(manifest, settings=replace(manifest.settings, size=64)), "pictures of 64 px"),
         (replace(manifest, head="flame"), "tracked with the head 'flame'"),
-        (replace(manifest, head=None), "tracked with the head None"),
+        (replace(manifest, head=None), "tracked with the head 'none'"),
     ):
         with pytest.raises(UserError, match=sentence):
             task_for(settled(recipe, manifest)).check(changed)

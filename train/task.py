@@ -8,10 +8,11 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from avatars.errors import UserError
 from avatars.method import Method
 from shards import Manifest
 
-__all__ = ["Batch", "Task", "of_kind"]
+__all__ = ["Batch", "Task", "check_codes", "check_head", "check_size", "of_kind"]
 
 Batch = dict[str, Any]
 Kind = TypeVar("Kind")
@@ -26,6 +27,45 @@ def of_kind(config: object, kind: type[Kind]) -> Kind:
     if not isinstance(config, kind):
         raise TypeError(f"this task trains a {kind.__name__}, not a {type(config).__name__}")
     return config
+
+
+def check_size(manifest: Manifest, size: int) -> None:
+    """Refuses pictures of another side than the recipe's.
+
+    Raises:
+        UserError: they are.
+    """
+    if manifest.settings.size != size:
+        raise UserError(
+            f"{manifest.folder} holds pictures of {manifest.settings.size} px and the recipe's --model.size is {size}; "
+            "change one of them (`headsplat shards pack --size`)."
+        )
+
+
+def check_codes(manifest: Manifest, length: int) -> None:
+    """Refuses expression codes of another length than the recipe's.
+
+    Raises:
+        UserError: they are.
+    """
+    if manifest.expression_length != length:
+        raise UserError(
+            f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers and the "
+            f"recipe's --model.expression-dim is {length}."
+        )
+
+
+def check_head(manifest: Manifest, head: str) -> None:
+    """Refuses captures that another head tracked than the recipe's, or none.
+
+    Raises:
+        UserError: they are.
+    """
+    if manifest.head != head:
+        raise UserError(
+            f"{manifest.folder} was tracked with the head {manifest.head or 'none'!r} and the recipe's --model.head is "
+            f"{head!r}; the method needs the pictures' own head. Synthetic captures (`headsplat synth`) have it."
+        )
 
 
 class Task(Protocol):

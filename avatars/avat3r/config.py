@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from avatars.configs import config_from
 from avatars.errors import UserError
 from avatars.inputs import Background
 
@@ -120,10 +121,4 @@ class Avat3rConfig:
         Raises:
             UserError: a field that this version does not know.
         """
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(
-                f"The model configuration has the unknown fields {', '.join(sorted(unknown))}; "
-                "it was written by another version of headsplat."
-            )
-        return cls(**values)
+        return config_from(cls, values, "an Avat3r")

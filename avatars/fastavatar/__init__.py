@@ -1,6 +1,6 @@
 """FastAvatar (Liang et al., arXiv 2508.18389 v1): one picture of any pose to a Gaussian head in one forward pass."""
 
-from avatars.fastavatar.avatar import FastAvatar, average, load_head
+from avatars.fastavatar.avatar import FastAvatar, average, shared_head
 from avatars.fastavatar.config import FastAvatarConfig, FastAvatarDecoderConfig, FastAvatarEncoderConfig
 from avatars.fastavatar.surface import LocalGaussians, Seats, place, seats_of
 
@@ -12,7 +12,7 @@ __all__ = [
     "LocalGaussians",
     "Seats",
     "average",
-    "load_head",
     "place",
     "seats_of",
+    "shared_head",
 ]

@@ -15,17 +15,18 @@ from torch import Tensor
 from avatars.errors import UserError
 from avatars.fastavatar.surface import LocalGaussians, place, seats_of
 from avatars.gaussians import Gaussians
+from avatars.method import check_codes
 
 if TYPE_CHECKING:
     from avatars.head import ParametricHead
 
-__all__ = ["FastAvatar", "average", "load_head"]
+__all__ = ["FastAvatar", "average", "shared_head"]
 
 FIELDS = ("offsets", "quats", "log_scales", "opacities", "colors")
 
 
 @lru_cache(maxsize=4)
-def load_head(name: str, device: str = "cpu") -> ParametricHead:
+def shared_head(name: str, device: str = "cpu") -> ParametricHead:
     """The head of that name on a device, once a process."""
     from avatars.head import ParametricHead
 
@@ -69,7 +70,7 @@ class FastAvatar:
         self.expression_kind = expression_kind
         self.latent, self.network, self.variant = latent, network, variant
         self.provenance = dict(provenance or {})
-        self._head = load_head(head, str(identity.device))
+        self._head = shared_head(head, str(identity.device))
         self._seats = seats_of(self._head, uv_resolution).to(identity.device)
         if len(self._seats) != len(local.offsets):
             raise UserError(
@@ -96,11 +97,7 @@ class FastAvatar:
         Raises:
             UserError: codes of another length than the head's.
         """
-        if expressions.shape[1:] != (self.expression_length,):
-            raise UserError(
-                f"This avatar is driven by {self.expression_kind} codes of {self.expression_length} numbers, not by "
-                f"{tuple(expressions.shape[1:])}."
-            )
+        check_codes(self, expressions)
         codes = expressions.to(self.identity)
         vertices = self._head.vertices(self.identity.expand(len(codes), -1), codes)
         return [place(self.local, *posed) for posed in zip(*self._seats.posed(vertices), strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from avatars.configs import config_from
 from avatars.errors import UserError
 
 __all__ = ["FastAvatarConfig", "FastAvatarDecoderConfig", "FastAvatarEncoderConfig"]
@@ -84,13 +85,7 @@ class FastAvatarConfig:
         Raises:
             UserError: a field that this version does not know.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(FastAvatarConfig)})
-        if unknown:
-            raise UserError(
-                f"A FastAvatar's description has the field {unknown[0]!r}, which this version does not know; make it "
-                "again or use the version that made it."
-            )
-        return FastAvatarConfig(**values | {"hidden": tuple(values["hidden"])})
+        return config_from(FastAvatarConfig, values | {"hidden": tuple(values["hidden"])}, "a FastAvatar")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from avatars.errors import UserError
-from avatars.fastavatar.avatar import FastAvatar, load_head
+from avatars.fastavatar.avatar import FastAvatar, shared_head
 from avatars.fastavatar.config import FastAvatarConfig
 from avatars.fastavatar.faces import FROZEN
 from avatars.fastavatar.surface import LocalGaussians, seats_of
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
 
 def seated(config: FastAvatarConfig) -> int:
     """How many Gaussians a layout has."""
-    return len(seats_of(load_head(config.head), config.uv_resolution))
+    return len(seats_of(shared_head(config.head), config.uv_resolution))
 
 
 def fingerprint(decoder: Decoder) -> str:

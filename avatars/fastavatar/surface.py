@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from avatars.gaussians import Gaussians, matrix_to_quaternion, quaternion_multiply
-from avatars.head.geometry import rasterize_uv
+from avatars.head.mesh import triangle_frames
+from avatars.head.uv import sample_uv
 
 if TYPE_CHECKING:
     from avatars.head import ParametricHead
@@ -41,17 +42,11 @@ class Seats:
     def posed(self, vertices: Tensor) -> tuple[Tensor, Tensor]:
         """Centres (B, N, 3) and rotations (B, N, 3, 3) of the triangles on posed heads (B, V, 3).
 
-        A rotation's columns are the first edge's direction, what completes it, and the outward normal
-        (GaussianAvatars' frame, with the axes in another order). No gradient goes through rotations.
+        No gradient goes through rotations, which are those of `triangle_frames`.
         """
-        triangles = vertices[:, self.corners]  # (B, N, 3, 3)
-        centers = (triangles * self.weights[..., None]).sum(2)
+        centers = (vertices[:, self.corners] * self.weights[..., None]).sum(2)
         with torch.no_grad():
-            first = triangles[:, :, 1] - triangles[:, :, 0]
-            normal = torch.linalg.cross(first, triangles[:, :, 2] - triangles[:, :, 0])
-            first = nn.functional.normalize(first, dim=-1, eps=1e-12)
-            normal = nn.functional.normalize(normal, dim=-1, eps=1e-12)
-            frames = torch.stack([first, torch.linalg.cross(normal, first), normal], -1)
+            frames, _ = triangle_frames(vertices, self.corners)
         return centers, frames
 
 
@@ -72,15 +67,11 @@ def seats_of(head: ParametricHead, uv_resolution: int) -> Seats:
     area = np.linalg.norm(np.cross(edges[:, 1] - edges[:, 0], edges[:, 2] - edges[:, 0]), axis=1)
     free &= area > 1e-12
     if uv_resolution:
-        triangle, places = rasterize_uv(
-            head.uv.double().cpu().numpy(), head.uv_faces.cpu().numpy(), uv_resolution
-        )
-        chosen = (triangle >= 0) & free[triangle]
-        triangles, weights = triangle[chosen], places[chosen]
-    else:
-        triangles = np.flatnonzero(free)
-        weights = np.full((len(triangles), 3), 1 / 3)
-    return Seats(torch.from_numpy(faces[triangles]), torch.from_numpy(weights.astype(np.float32)))
+        samples = sample_uv(head.uv, head.uv_faces, uv_resolution, ~torch.from_numpy(free).to(head.uv.device))
+        return Seats(head.faces.cpu()[samples.triangles.cpu()], samples.barycentric.cpu())
+    triangles = np.flatnonzero(free)
+    thirds = torch.full((len(triangles), 3), 1 / 3)
+    return Seats(torch.from_numpy(faces[triangles]), thirds)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from avatars.flashavatar.network import OffsetNetwork, encode_position
 from avatars.gaussians import Gaussians, quaternion_multiply
 from avatars.head.mesh import HeadMesh
 from avatars.head.uv import open_rim, sample_uv
+from avatars.method import check_codes
 
 __all__ = ["FlashAvatar"]
 
@@ -152,11 +153,7 @@ class FlashAvatar(nn.Module):
         Raises:
             UserError: the codes have another length than the head's.
         """
-        if expressions.shape[1:] != (self.head.n_expression,):
-            raise UserError(
-                f"This avatar is driven by {self.expression_kind} codes of {self.head.n_expression} numbers, "
-                f"not by {tuple(expressions.shape[1:])}."
-            )
+        check_codes(self, expressions)
         codes = expressions.to(self.encoded)
         return [
             self.deform(centers, code) for centers, code in zip(self.posed_centers(codes), codes, strict=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from avatars.errors import UserError
+from avatars.configs import config_from
 
 __all__ = ["FlashAvatarConfig", "paper_model"]
 
@@ -52,14 +52,7 @@ class FlashAvatarConfig:
         Raises:
             UserError: a field is not known to this version.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UserError(
-                f"The FlashAvatar's avatar.json has the field {unknown[0]!r}, which this version does not "
-                "know; "
-                "fit the avatar again or use the version that made it."
-            )
-        return cls(**values)
+        return config_from(cls, values, "a FlashAvatar")
 
 
 def paper_model(uv_resolution: int = 128) -> FlashAvatarConfig:

@@ -15,6 +15,7 @@ from avatars.gasp.config import GaspConfig
 from avatars.gasp.surface import WIDTH, Surface
 from avatars.gaussians import Gaussians
 from avatars.head.mesh import HeadMesh
+from avatars.method import check_codes
 
 __all__ = ["GaspAvatar"]
 
@@ -84,11 +85,7 @@ class GaspAvatar(nn.Module):
             UserError: the codes have another length than the head's.
         """
         head = self.surface.head
-        if expressions.shape[1:] != (head.n_expression,):
-            raise UserError(
-                f"This avatar is driven by {self.expression_kind} codes of {head.n_expression} numbers, not by "
-                f"{tuple(expressions.shape[1:])}."
-            )
+        check_codes(self, expressions)
         codes = expressions.to(self.identity)
         return self.surface.attach(
             self.attributes, head.vertices(self.identity.expand(len(codes), -1), codes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from avatars.configs import config_from
 from avatars.errors import UserError
 
 __all__ = ["GaspConfig", "small_model"]
@@ -101,13 +102,7 @@ class GaspConfig:
         Raises:
             UserError: a field is not known to this version.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UserError(
-                f"A GASP configuration has the field {unknown[0]!r}, which this version does not know; use the version "
-                "that wrote it."
-            )
-        return cls(**values)
+        return config_from(cls, values, "a GASP")
 
 
 def small_model() -> GaspConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from avatars.errors import UserError
-from avatars.fastavatar import FastAvatar, FastAvatarConfig, LocalGaussians, load_head, place, seats_of
+from avatars.fastavatar import FastAvatar, FastAvatarConfig, LocalGaussians, place, seats_of, shared_head
 from avatars.gaussians import Gaussians, rgb_to_sh
 from avatars.inputs import InputSet
 from avatars.rasterize import rasterize
@@ -113,7 +113,7 @@ class FastAvatarTemplateFit:
         self.config, self.step, self.notes = config, 0, list[str]()
         self.inputs, self.identity = inputs.to(device), inputs.identity.to(device)
         inputs = self.inputs
-        head = load_head(config.model.head, device)
+        head = shared_head(config.model.head, device)
         if inputs.expressions.shape[1] != head.n_expression or len(self.identity) != head.n_identity:
             raise UserError(
                 f"The pictures of {inputs.subject} have {inputs.expressions.shape[1]} expression and "

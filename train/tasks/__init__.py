@@ -35,14 +35,14 @@ def settled(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     what is behind the head, and how many people a table of learned codes has rows for.
     """
     model: Any = config.model
+    found: dict[str, Any] = {}
     if manifest.settings.input_background == "kept" and hasattr(model, "input_background"):
-        model = replace(model, input_background="kept")
-        config = replace(config, model=model)
+        found["input_background"] = "kept"
     if getattr(model, "feature_dim", 0) and not model.feature_prior:
-        return replace(config, model=replace(model, feature_prior=manifest.priors.features))
-    if getattr(model, "people", None) != 0:
-        return config
-    return replace(config, model=replace(model, people=len(manifest.subjects("train"))))
+        found["feature_prior"] = manifest.priors.features
+    if getattr(model, "people", None) == 0:
+        found["people"] = len(manifest.subjects("train"))
+    return replace(config, model=replace(model, **found)) if found else config
 
 
 def config_from_json(values: dict[str, Any]) -> TrainConfig:

@@ -17,7 +17,7 @@ from avatars.rasterize import rasterize
 from shards import Manifest
 from train.config import LossConfig, TrainConfig
 from train.losses import PictureLoss
-from train.task import Batch, of_kind
+from train.task import Batch, check_codes, check_size, of_kind
 
 __all__ = ["Avat3rTask", "views_from_batch"]
 
@@ -93,16 +93,8 @@ class Avat3rTask:
             UserError: one of them is not.
         """
         config, settings = self.config, manifest.settings
-        if settings.size != config.size:
-            raise UserError(
-                f"{manifest.folder} holds pictures of {settings.size} px and the recipe's --model.size is "
-                f"{config.size}; change one of them (`headsplat shards pack --size`)."
-            )
-        if manifest.expression_length != config.expression_dim:
-            raise UserError(
-                f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers "
-                f"and the recipe's --model.expression-dim is {config.expression_dim}."
-            )
+        check_size(manifest, config.size)
+        check_codes(manifest, config.expression_dim)
         if settings.input_timesteps != self.input_timesteps:
             raise UserError(
                 f"{manifest.folder} holds input sets of {settings.input_timesteps} timesteps and the recipe's "

@@ -17,9 +17,9 @@ from avatars.fastavatar import (
     FastAvatarConfig,
     FastAvatarDecoderConfig,
     FastAvatarEncoderConfig,
-    load_head,
     place,
     seats_of,
+    shared_head,
 )
 from avatars.fastavatar.faces import FROZEN, crops, face_boxes, recogniser
 from avatars.fastavatar.method import FastAvatarMethod
@@ -29,7 +29,7 @@ from shards import Manifest
 from train.config import LossConfig, TrainConfig
 from train.fits.fastavatar import first_look
 from train.losses import PictureLoss
-from train.task import Batch, of_kind
+from train.task import Batch, check_codes, check_head, check_size, of_kind
 
 __all__ = ["FastAvatarDecoderTask", "FastAvatarEncoderTask"]
 
@@ -48,7 +48,7 @@ class Drawn(nn.Module):
         self, made: Decoded, identity: Tensor, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The people on heads of `identity` (B, I) with the batch's expressions, from the batch's cameras."""
-        head = load_head(self.config.head, str(identity.device))
+        head = shared_head(self.config.head, str(identity.device))
         seats = seats_of(head, self.config.uv_resolution).to(identity.device)
         posed = seats.posed(head.vertices(identity, batch["expression"]))
         targets = batch["target_images"]  # (B, v, 3, H, W)
@@ -62,7 +62,7 @@ class Drawn(nn.Module):
 
     def shape_loss(self, predicted: Tensor, tracked: Tensor) -> Tensor:
         """Mean squared distance in cm² of the vertices of two heads, by their codes (B, I)."""
-        head = load_head(self.config.head, str(predicted.device))
+        head = shared_head(self.config.head, str(predicted.device))
         moved = ((predicted - tracked) * head.identity_std) @ head.identity_basis
         return (100 * moved).square().mean() * 3
 
@@ -245,21 +245,9 @@ class FastAvatarTask:
             UserError: one of them is not.
         """
         config = self.config
-        if manifest.settings.size != config.size:
-            raise UserError(
-                f"{manifest.folder} holds pictures of {manifest.settings.size} px and the recipe's --model.size is "
-                f"{config.size}; change one of them (`headsplat shards pack --size`)."
-            )
-        if manifest.expression_length != config.expression_dim:
-            raise UserError(
-                f"{manifest.folder} holds {manifest.expression_kind} codes of {manifest.expression_length} numbers "
-                f"and the recipe's --model.expression-dim is {config.expression_dim}."
-            )
-        if manifest.head != config.head:
-            raise UserError(
-                f"{manifest.folder} is tracked with the head {manifest.head or 'none'!r} and the recipe's --model.head "
-                f"is {config.head!r}."
-            )
+        check_size(manifest, config.size)
+        check_codes(manifest, config.expression_dim)
+        check_head(manifest, config.head)
         self.rows = {name: row for row, name in enumerate(manifest.subjects("train"))}
 
     def check_weights(self) -> None:
@@ -276,7 +264,7 @@ class FastAvatarTask:
         count = seated(config)
         if torch.get_default_device().type == "meta":  # only shapes are asked for
             return Decoder(config.network(), count)
-        head = load_head(config.head)
+        head = shared_head(config.head)
         nobody, calm = torch.zeros(1, head.n_identity), torch.zeros(1, head.n_expression)
         centers, _ = seats_of(head, config.uv_resolution).posed(head.vertices(nobody, calm))
         grey = FastAvatar(

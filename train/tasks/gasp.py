@@ -21,7 +21,7 @@ from shards import Manifest
 from train.config import LossConfig, TrainConfig
 from train.losses import PictureLoss
 from train.regularisers import displacement_penalty, size_penalty
-from train.task import Batch, of_kind
+from train.task import Batch, check_head, check_size, of_kind
 
 __all__ = ["GaspTask", "GaspWithLoss"]
 
@@ -128,16 +128,8 @@ class GaspTask:
             UserError: one of them is not so.
         """
         config, people = self.config, manifest.subjects("train")
-        if manifest.settings.size != config.size:
-            raise UserError(
-                f"{manifest.folder} holds pictures of {manifest.settings.size} px and the recipe's --model.size is "
-                f"{config.size}; change one of them (`headsplat shards pack --size`)."
-            )
-        if manifest.head != config.head:
-            raise UserError(
-                f"{manifest.folder} was tracked with the head {manifest.head!r} and the recipe's --model.head is "
-                f"{config.head!r}; GASP needs the pictures' own head. Synthetic captures (`headsplat synth`) have it."
-            )
+        check_size(manifest, config.size)
+        check_head(manifest, config.head)
         if config.people != len(people):
             raise UserError(
                 f"{manifest.folder} has {len(people)} people to train on and the prior has codes for {config.people}; "
