@@ -51,6 +51,9 @@ class CreateOptions:
     """features-reduction.safetensors beside the training's shards, for a model trained with fewer channels."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; bf16 drives faster where the hardware has it."""
+    guided: bool = False
+    """FastAvatar only: put the Gaussians on the head that tracking found for this person, instead of predicting it.
+    Needs tracked pictures, so --data; tables keep such avatars in rows of their own."""
 
 
 def create(words: list[str]) -> None:
@@ -58,6 +61,7 @@ def create(words: list[str]) -> None:
     import torch
 
     from avatars.avat3r import Avat3rMethod
+    from avatars.fastavatar.method import FastAvatarMethod
     from avatars.method import load_method
 
     options = parse(CreateOptions, words, "create")
@@ -65,6 +69,8 @@ def create(words: list[str]) -> None:
         raise UserError("Say where the pictures are: --pictures FOLDER, or --data SHARDS with --subject.")
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     method = load_method(options.model, dtype)
+    if options.guided and not isinstance(method, FastAvatarMethod):
+        raise UserError(f"--guided is for FastAvatar, and {options.model} is {method.name}; leave it out.")
     inputs = chosen_inputs(options, method)
     started = time.perf_counter()
     if method.needs_positions and inputs.positions is None:
@@ -73,7 +79,10 @@ def create(words: list[str]) -> None:
         inputs = with_features(
             inputs, method.feature_prior, options.feature_weights, options.feature_reduction
         )
-    avatar = method.create(inputs)
+    if options.guided and isinstance(method, FastAvatarMethod):
+        avatar: Avatar = method.create_guided(inputs)
+    else:
+        avatar = method.create(inputs)
     seconds = time.perf_counter() - started
     avatar.save(options.avatar)
     print(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,20 @@ def test_guided_people_are_kept_apart(method, shards):
         method.create_guided(dataclasses.replace(inputs, head=None))
 
 
+def test_the_command_makes_guided_people_by_this_method_alone(method, shards, tmp_path, capsys, monkeypatch):
+    save_network(tmp_path / "model", "fastavatar", method.decoder, method.encoder, method.provenance)
+    words = ["create", str(tmp_path / "model"), str(tmp_path / "ada"), "--data", str(shards), "--guided"]
+    assert not main(words)
+    made = load_avatar(tmp_path / "ada")
+    person = open_shards(shards, "heldout").read("s0004")
+    assert made.variant == "guided by the person's tracked head"
+    assert torch.equal(made.identity, person.input_sets[0].identity)
+    other = SimpleNamespace(name="avat3r")
+    monkeypatch.setattr("avatars.method.load_method", lambda *_: other)
+    assert main(words) == 1
+    assert "--guided is for FastAvatar, and" in capsys.readouterr().err
+
+
 def test_pictures_that_show_no_face_or_several_or_too_little(method, monkeypatch):
     image, mask = picture()
     with pytest.raises(UserError, match="of ada shows no face"):
@@ -405,10 +420,10 @@ def test_settings_that_make_no_network():
 # Trainings
 
 
-def batch_of(shards, **options):
+def batch_of(shards, inputs=False, **options):
     from shards import BatchLoader
 
-    with BatchLoader(shards, "train", seed=0, inputs=False, **options) as loader:
+    with BatchLoader(shards, "train", seed=0, inputs=inputs, **options) as loader:
         return next(loader) | {"progress": 0.0}
 
 
@@ -478,6 +493,51 @@ def test_a_decoder_learns_people_and_an_encoder_finds_them(shards, tmp_path):
         task_for(replace(recipe, model=wrong)).build()
     with pytest.raises(UserError, match=r"holds no avatar.json; make a template"):
         task_for(replace(recipe, model=replace(wrong, template="nowhere"))).build()
+
+
+def test_an_encoder_looks_at_other_moments_and_not_at_backs_of_heads(shards, monkeypatch):
+    torch.manual_seed(0)
+    recipe = find_recipe("fastavatar-encoder-tiny")
+    assert task_for(recipe).reads_inputs
+    assert not task_for(replace(recipe, model=replace(recipe.model, nce_weight=0.0))).reads_inputs
+    batch = batch_of(shards, inputs=True, micro_batch=3, views=6)
+    poses = torch.cat([batch["target_world_to_camera"], batch["input_world_to_camera"]], 1)
+    places = -(poses[..., :3, :3].mT @ poses[..., :3, 3:])[..., 0]
+    degrees = torch.rad2deg(torch.atan2(places[..., :2].norm(dim=-1), places[..., 2]))  # (3, 8)
+    layout = {"uv_resolution": 24, "sh_degree": 0}
+    looked: list[int] = []
+    drawn: list[int] = []
+    for most in (180.0, 70.0):
+        model = replace(recipe.model, **layout, degrees=most, picture_people=2)
+        task = task_for(replace(recipe, model=model))
+        task.check(Manifest.load(shards))
+        module = task.build()
+        monkeypatch.setattr(module.decoder, "forward", counting(module.decoder.forward, drawn))
+        monkeypatch.setattr(module.encoder, "forward", counting(module.encoder.forward, looked))
+        loss, _ = module(batch)
+        assert loss.isfinite()
+    assert looked == [24, int((degrees <= 70).sum())]
+    assert 6 <= looked[1] < 24
+    assert drawn == [2, 2]
+    seen, owner = module._looked_at(batch)
+    assert owner.tolist() == sorted(owner.tolist())
+    behind = batch | {
+        "input_images": torch.maximum(batch["input_images"], (batch["input_masks"] == 0).float())
+    }
+    assert torch.equal(module._looked_at(behind)[0], seen)
+    module.config = replace(module.config, degrees=0.0)
+    with pytest.raises(UserError, match=r"within 0 degrees of straight ahead"):
+        module(batch)
+
+
+def counting(function, counts):
+    """The same function, which notes how many rows it is given."""
+
+    def counted(rows):
+        counts.append(len(rows))
+        return function(rows)
+
+    return counted
 
 
 def trained(task, module, batch, steps) -> list[float]:
@@ -594,7 +654,7 @@ def test_what_the_page_shows_runs(tmp_path, monkeypatch):
         assert long in text
         text = text.replace(long, short)
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         run(*shlex.split(line)[1:])
     assert (tmp_path / "work" / "between" / "strip.png").is_file()

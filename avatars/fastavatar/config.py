@@ -123,11 +123,16 @@ class FastAvatarEncoderConfig(FastAvatarConfig):
     mse_weight: float = 0.1
     """Weight of the squared error to the learned w."""
     nce_weight: float = 0.0
-    """Weight of InfoNCE between pictures of the batch's people."""
+    """Weight of InfoNCE between pictures of the batch's people. With it those of the input sets are looked at as well,
+    which show other moments (ours): pictures of one moment could be told to be of one person by their expression."""
     temperature: float = 0.07
     """Temperature of InfoNCE."""
+    degrees: float = 180.0
+    """How far from straight before the face a camera may stand for the encoder to learn from its picture (ours)."""
     picture_weight: float = 0.0
     """Weight of the picture losses of what the encoder's w is decoded to (ours)."""
+    picture_people: int = 0
+    """People of a batch that are drawn for them; 0 for all."""
     picture_views: int = 0
     """Views of each person that are drawn for them; 0 for all of the batch's."""
     decoder_rate: float = 0.0

@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         self.trunk = nn.ModuleList(nn.Linear(width, width) for _ in range(config.layers - 1))
         self.heads = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, size))
+                name: nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, size))
                 for name, size in self.sizes.items()
             }
         )
@@ -119,9 +119,9 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Decoded:
         """People (B) from their w (B, d)."""
         h = self.from_embedding(self.embedding) + self.from_latent(latent)[:, None]  # (B, N, width)
-        h = h.relu()
+        h = h.relu_()
         for layer in self.trunk:
-            h = layer(h).relu()
+            h = layer(h).relu_()
         values = {name: head(h) + self.template[name] for name, head in self.heads.items()}
         people, count = h.shape[:2]
         local = LocalGaussians(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,16 @@ class EncoderWithLoss(Drawn):
             decoder.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Regresses w from every target picture of the batch, and, where asked for, compares pictures of what it means.
+        """Regresses w from the pictures of the batch, and, where asked for, compares pictures of what it means.
 
         Returns:
             The mean loss over the batch, and its parts.
         """
         config = self.config
         images = batch["target_images"]
-        people, views = images.shape[:2]
-        seen, kept = self._looked_at(batch)
-        latent = self.encoder(seen)  # (pictures in which the backbone finds a face, d)
-        owner = torch.arange(people, device=images.device).repeat_interleave(views)[kept]
+        people = len(images)
+        seen, owner = self._looked_at(batch)
+        latent = self.encoder(seen)  # (pictures, d)
         names = [name.split("/")[0] for name in batch["ids"]]
         # The sum over the parameters keeps a graph where every weight below is 0 for this batch.
         loss, parts = latent.sum() * 0, dict[str, Tensor]()
@@ -153,7 +153,8 @@ class EncoderWithLoss(Drawn):
             # the backbone has found a face in, which the plan draws anew each time.
             places = [(owner == person).nonzero()[:1, 0] for person in range(people)]
             found = [person for person, place_ in enumerate(places) if len(place_)]
-            made = self.decoder(latent[torch.cat(places)])
+            found = found[: config.picture_people or None]
+            made = self.decoder(latent[torch.cat([places[person] for person in found])])
             some = {
                 key: value[found] if isinstance(value, Tensor) and value.ndim else value
                 for key, value in batch.items()
@@ -172,30 +173,51 @@ class EncoderWithLoss(Drawn):
         return loss, parts
 
     def _looked_at(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the encoder takes of the target pictures, and which of them (indices) it can take."""
-        images, masks = batch["target_images"].flatten(0, 1), batch["target_masks"].flatten(0, 1)
+        """What the encoder takes of the pictures, person by person, and whose (places in the batch) each is.
+
+        Left out are pictures from too far to the side and those in which the backbone finds no face.
+
+        Raises:
+            UserError: there are not two such pictures.
+        """
+        sources = ["target", "input"] if "input_images" in batch else ["target"]
+        images, masks, cameras = (
+            torch.cat([batch[f"{source}_{what}"] for source in sources], 1)
+            for what in ("images", "masks", "world_to_camera")
+        )
+        people, pictures = images.shape[:2]
+        centers = -(cameras[..., :3, :3].mT @ cameras[..., :3, 3:])[..., 0]
+        ahead = centers[..., 2] / centers.norm(dim=-1)
+        kept = (ahead >= math.cos(math.radians(self.config.degrees)) - 1e-6).flatten().nonzero()[:, 0]
+        images, masks = images.flatten(0, 1)[kept], masks.flatten(0, 1)[kept]
+        # Input pictures may have kept what is behind the head, which nobody sees when an avatar is made.
+        images = images * (masks > 0)
+        owner = torch.arange(people, device=images.device).repeat_interleave(pictures)[kept]
         if self.config.backbone not in FROZEN:
-            seen = crops(images, face_boxes(masks), self.config.backbone_size)
-            return seen, torch.arange(len(images), device=images.device)
+            if len(kept) < 2:
+                raise UserError(
+                    f"Not two pictures of this batch were taken within {self.config.degrees:g} degrees of straight "
+                    "ahead; take more --data.views, or more --model.degrees."
+                )
+            return crops(images, face_boxes(masks), self.config.backbone_size), owner
         look = recogniser(self.config.backbone)
-        views = batch["target_images"].shape[1]
         said = []
-        for place_, image in enumerate(images):
+        for place_, image in zip(kept.tolist(), images, strict=True):
             # An example's name without its place in the plan says which pictures it holds.
-            name = f"{batch['ids'][place_ // views].split('@')[0]}#{place_ % views}"
+            name = f"{batch['ids'][place_ // pictures].split('@')[0]}#{place_ % pictures}"
             if name not in self._said:
                 if len(self._said) >= REMEMBERED:
                     self._said.popitem(last=False)
                 self._said[name] = look(image)
             said.append(self._said[name])
-        kept = [place_ for place_, value in enumerate(said) if value is not None]
-        if len(kept) < 2:
+        found = [place_ for place_, value in enumerate(said) if value is not None]
+        if len(found) < 2:
             raise UserError(
                 f"dlib finds no face in the pictures of this batch, which the backbone {self.config.backbone!r} needs; "
                 "take larger pictures, more --data.views or a backbone of timm."
             )
-        found = torch.stack([value for value in said if value is not None])
-        return found.to(images), torch.tensor(kept, device=images.device)
+        kept_said = torch.stack([value for value in said if value is not None])
+        return kept_said.to(images), owner[found]
 
 
 def identities(batch: Batch) -> Tensor:
@@ -349,6 +371,7 @@ class FastAvatarEncoderTask(FastAvatarTask):
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = of_kind(config.model, FastAvatarEncoderConfig)
+        self.reads_inputs = self.config.nce_weight > 0
         super().__init__(config)
 
     def check(self, manifest: Manifest) -> None:
