@@ -7,8 +7,10 @@ Speed needs no training: what a network takes does not depend on its weights. `-
 made, minutes to an hour on two cores (docs/fastavatar.md tells all of them):
 
     headsplat template TEMPLATE --data SHARDS
-    headsplat train fastavatar-decoder-cpu --data SHARDS --run DECODER --model.template TEMPLATE
+    headsplat train fastavatar-decoder-cpu --data SHARDS --run DECODER
     headsplat train fastavatar-encoder-cpu --data SHARDS --run ENCODER --model.decoder DECODER/export
+
+The unseen people are the held-out ones of SHARDS, or of other shards: --unseen SHARDS --unseen-captures CAPTURES.
 """
 
 from __future__ import annotations
@@ -273,7 +275,11 @@ def head_labels(people: list[FastAvatar]) -> Tensor:
 
 
 def edits(
-    method: FastAvatarMethod, directions: Directions, shards: Path, captures: Path, made: list[FastAvatar]
+    method: FastAvatarMethod,
+    directions: Directions,
+    train: tuple[ShardSet, Path],
+    heldout: tuple[ShardSet, Path],
+    made: list[FastAvatar],
 ) -> dict[str, Any]:
     """What an edit by one standard deviation does to its attribute, to the others and to who it is.
 
@@ -281,10 +287,16 @@ def edits(
     of the changed person, through a ridge regression that training people give. Identity is told by dlib's face
     recognition, which has no part in the model: how far a person's picture is from that before the edit, beside how far
     other people's are.
+
+    Args:
+        method: the model.
+        directions: of its latents.
+        train: people who were trained on, and their captures.
+        heldout: people who were not, and theirs.
+        made: the first of these from one picture each.
     """
-    train, heldout = open_shards(shards, "train"), open_shards(shards, "heldout")
-    known, labels = latents_of(method, train, 4), label_people(captures, train.subjects)
-    unseen, truth = latents_of(method, heldout, 4), label_people(captures, heldout.subjects)
+    known, labels = latents_of(method, train[0], 4), label_people(train[1], train[0].subjects)
+    unseen, truth = latents_of(method, heldout[0], 4), label_people(heldout[1], heldout[0].subjects)
     names = list(labels)
     wanted = torch.stack([labels[name] for name in names], 1)
     mean, spread = wanted.mean(0), wanted.std(0)
@@ -404,15 +416,16 @@ def pictures(
     save_sheet([portraits(row) for row in changed], folder / "fastavatar-edits.jpg")
 
 
-def quality(model: Path, template: Path, shards: Path, captures: Path, sheets: Path | None) -> dict[str, Any]:
-    """Everything about a trained model on the held-out people of some shards."""
+def quality(
+    model: Path, template: Path, train: tuple[ShardSet, Path], heldout: tuple[ShardSet, Path], sheets: Path | None
+) -> dict[str, Any]:  # fmt: skip
+    """Everything about a trained model, from people that it was trained on and others, each with their captures."""
     method = FastAvatarMethod.load(model)
-    people = open_shards(shards, "heldout")
+    people, captures = heldout
     found, made = likeness(method, FastAvatar.load(template), people)
     print(found, flush=True)
-    train = open_shards(shards, "train")
     directions = fit_directions(
-        latents_of(method, train, 4), label_people(captures, train.subjects), UNITS, method.network
+        latents_of(method, train[0], 4), label_people(train[1], train[0].subjects), UNITS, method.network
     )
     directions.save(model)
     if sheets is not None:
@@ -420,7 +433,7 @@ def quality(model: Path, template: Path, shards: Path, captures: Path, sheets: P
     content = {
         "what": "one picture of an unseen synthetic person, the first of the input set, to pictures of unseen "
         "expressions from unseen cameras; driven by the expression codes, over black, whole pictures",
-        "trained_on_people": len(train.subjects),
+        "trained_on_people": len(train[0].subjects),
         "config": read_network(model)[2]["config"],
         "provenance": method.provenance,
         "likeness": found,
@@ -429,7 +442,7 @@ def quality(model: Path, template: Path, shards: Path, captures: Path, sheets: P
     print(content["latents"], flush=True)
     content["interpolation"] = walks(method, made)
     print(content["interpolation"], flush=True)
-    content["editing"] = edits(method, directions, shards, captures, made)
+    content["editing"] = edits(method, directions, train, (people, captures), made)
     print(content["editing"], flush=True)
     return content
 
@@ -439,7 +452,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--quality", action="store_true", help="measure quality instead of speed")
     parser.add_argument("--rounds", type=int, default=30, help="repetitions that are timed")
-    for name in ("model", "template", "shards", "captures"):
+    for name in ("model", "template", "shards", "captures", "unseen", "unseen-captures"):
         parser.add_argument(f"--{name}", type=Path, help="for --quality")
     parser.add_argument("--pictures", type=Path, help="for --quality: folder for sheets of pictures")
     options = parser.parse_args()
@@ -447,9 +460,12 @@ def main() -> None:
     if options.quality:
         if None in (options.model, options.template, options.shards, options.captures):
             parser.error("--quality needs --model, --template, --shards and --captures")
-        measured = quality(
-            options.model, options.template, options.shards, options.captures, options.pictures
-        )
+        if (options.unseen is None) != (options.unseen_captures is None):
+            parser.error("--unseen and --unseen-captures belong together")
+        train = open_shards(options.shards, "train"), options.captures
+        unseen = options.unseen or options.shards
+        heldout = open_shards(unseen, "heldout"), options.unseen_captures or options.captures
+        measured = quality(options.model, options.template, train, heldout, options.pictures)
         write("fastavatar-quality", measured, packages, options.out)
         return
     with tempfile.TemporaryDirectory() as folder:
