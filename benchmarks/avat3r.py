@@ -163,15 +163,16 @@ def step_counted(config: TrainConfig) -> dict[str, float]:
 def random_batch(config: TrainConfig, device: str) -> dict[str, Any]:
     """One training example."""
     network, n = of_kind(config.model, Avat3rConfig), config.data.views
+    rows = config.data.expressions
     inputs, targets = random_views(network, 4, device), random_views(network, n, device)
     batch: dict[str, Any] = {
         f"input_{name}": value for name, value in vars(inputs).items() if value is not None
     }
     return batch | {
-        "expression": torch.rand(1, network.expression_dim, device=device),
-        "target_images": targets.images,
-        "target_K": targets.K,
-        "target_world_to_camera": targets.world_to_camera,
+        "expression": torch.rand(rows, network.expression_dim, device=device),
+        "target_images": targets.images.expand(rows, -1, -1, -1, -1),
+        "target_K": targets.K.expand(rows, -1, -1, -1),
+        "target_world_to_camera": targets.world_to_camera.expand(rows, -1, -1, -1),
         "progress": 0.0,
     }
 

@@ -48,6 +48,8 @@ class DemoCaptures:
     """Input sets of a person."""
     seed: int = 0
     """People of one seed are always the same."""
+    rig: Literal["dome", "nersemble"] = "dome"
+    """Cameras all around, or up to 16 before the face."""
 
 
 DEMO = DemoCaptures()
@@ -267,6 +269,7 @@ def demo_shards(
         views=demo.views,
         size=max(demo.size, size),
         seed=demo.seed,
+        rig_name=demo.rig,
     )
     # Shards without their features are no shards of the workspace that a later command could take for the demo's.
     packed = workspace.shards / "unfinished" / out.name if surface else out

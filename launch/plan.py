@@ -145,7 +145,7 @@ def measure_need(config: TrainConfig) -> Need:
     weights = 4 * parameters
     narrow = 0.5 if config.precision == "bf16" else 1.0
 
-    size, views = task.size, config.data.views
+    size, views = task.size, config.data.target_pictures
     prediction, target = torch.rand(1, 3, size, size).requires_grad_(), torch.rand(1, 3, size, size)
     with LiveBytes() as loss, FlopCounterMode(display=False) as counter:
         value, _ = picture_loss(prediction, target, config.loss)
@@ -163,7 +163,8 @@ def measure_need(config: TrainConfig) -> Need:
         loss_peak=float(views * loss.peak),
         inputs=INPUT_PICTURES if task.reads_inputs else 0,
         prior_bytes=2.0 * INPUT_PICTURES * task.prior_values if task.reads_inputs else 0.0,
-        rendered=task.most_gaussians * GAUSSIAN_BYTES + 4.0 * views * RENDERED_PLANES * size * size,
+        rendered=config.data.expressions * task.most_gaussians * GAUSSIAN_BYTES
+        + 4.0 * views * RENDERED_PLANES * size * size,
     )
 
 
@@ -338,7 +339,7 @@ def make_plan(
     }
     there = device.memory * (1 - RESERVE)
     rate = examples * ranks / (compute + send)
-    pictures = rate * (config.data.views + need.inputs)
+    pictures = rate * (config.data.target_pictures + need.inputs)
     read = pictures * data.picture_bytes + rate * need.prior_bytes
     days = config.steps * (compute + send) / DAY
     total = total_bytes(states, activations)

@@ -47,7 +47,8 @@ OPEN_SHARDS = 256  # file handles kept; a rank reads far fewer side by side
 class BatchLoader:
     """The micro-batches of one rank, without end.
 
-    Iterating gives micro-batches number `start`, `start + 1`, … of the plan, each a dict:
+    Iterating gives micro-batches number `start`, `start + 1`, … of the plan, each a dict. Its B examples have one row
+    each, those of their targets X each (R = B X), the rows of an example one after the other:
 
     | key | shape |
     | --- | --- |
@@ -56,11 +57,11 @@ class BatchLoader:
     | input_K, input_world_to_camera | (B, N, 3, 3), (B, N, 4, 4) in the head frame |
     | input_positions, input_confidence | (B, N, 3, H, W) metres, (B, N, 1, H, W); absent without a prior |
     | input_features | (B, N, D, h, w) a vector a patch; absent without a feature prior |
-    | expression | (B, E) code of the target timestep |
-    | identity | (B, I) code of the person's head; absent without a tracked head |
-    | target_images, target_masks | (B, v, 3, H, W), (B, v, 1, H, W) |
-    | target_K, target_world_to_camera | (B, v, 3, 3), (B, v, 4, 4) in the head frame |
-    | ids | B names: subject/timestep/input set/views@place in the plan |
+    | expression | (R, E) code of the target timestep |
+    | identity | (R, I) code of the person's head; absent without a tracked head |
+    | target_images, target_masks | (R, v, 3, H, W), (R, v, 1, H, W) |
+    | target_K, target_world_to_camera | (R, v, 3, 3), (R, v, 4, 4) in the head frame |
+    | ids | R names: subject/timestep/input set/views@place in the plan |
 
     Args:
         folder: where `pack` wrote, or a URL of a copy of it.
@@ -76,6 +77,7 @@ class BatchLoader:
         cache: keeps copies of remote shards; without one they are streamed.
         tolerate: shards that cannot be read and are put aside before one more ends the run.
         inputs: whether the pictures, cameras and priors of the input sets are read; absent otherwise.
+        expressions: target timesteps of an example, X.
         raw: pictures and masks as they are decoded, uint8 in [0, 255], and priors as they are stored,
             float16, or int8 with `input_features_scale` (B, N, D, 1, 1) float16: a fifth of the memory.
             `to_float` makes of them what comes without `raw`; `input_background` tells it what the pictures are.
@@ -106,10 +108,16 @@ class BatchLoader:
         cache: ShardCache | None = None,
         tolerate: int = 0,
         inputs: bool = True,
+        expressions: int = 1,
     ) -> None:
         self.manifest = Manifest.load(folder)
         shards = self.manifest.split(split)
-        self.plan = Plan(shards, seed=seed, views=views)
+        if expressions > 1 and isinstance(self.manifest.folder, str) and cache is None:
+            raise UserError(
+                f"{folder} is streamed front to back, and {expressions} expressions an example jump about in a shard: "
+                "give --data.cache a folder for copies."
+            )
+        self.plan = Plan(shards, seed=seed, views=views, expressions=expressions)
         self.step = start
         self.wait_seconds = 0.0
         self._place: dict[str, int] = {"micro_batch": micro_batch, "world_size": world_size, "rank": rank}
@@ -183,11 +191,17 @@ class BatchLoader:
             layout["input_features"] = (np.int8 if quantised else prior, (*channels, *priors.feature_grid))
             if quantised:
                 layout["input_features_scale"] = (np.float16, (*channels, 1, 1))
+        each = {name: 1 if name.startswith("input_") else self.plan.expressions for name in layout}
         arrays = {
-            name: self._buffers.take((len(examples), *shape), kind) for name, (kind, shape) in layout.items()
+            name: self._buffers.take((len(examples) * each[name], *shape), kind)
+            for name, (kind, shape) in layout.items()
         }
         futures = [
-            self._pool.submit(self._fill, example, {name: array[i] for name, array in arrays.items()})
+            self._pool.submit(
+                self._fill,
+                example,
+                {name: array[i * each[name] : (i + 1) * each[name]] for name, array in arrays.items()},
+            )
             for i, example in enumerate(examples)
         ]
         told: dict[str, str] = {}
@@ -205,9 +219,9 @@ class BatchLoader:
                 continue  # told, and put aside, when an example asks for it
         return 0
 
-    def _fill(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
+    def _fill(self, example: Example, out: dict[str, NDArray[Any]]) -> list[str]:
         """Reads one example, or the one that takes its place, into its rows of the batch; returns its
-        name.
+        targets' names.
         """
         for substitute in range(self.plan.epoch_length):
             tried = self.plan.example(example.position + substitute) if substitute else example
@@ -235,31 +249,53 @@ class BatchLoader:
             "%s is put aside (%d of %d tolerated): %s", path, len(self.quarantined), self._tolerate, error
         )
 
-    def _read(self, example: Example, out: dict[str, NDArray[Any]]) -> str:
-        """Reads one example into its rows of the batch; returns its name."""
+    def _read(self, example: Example, out: dict[str, NDArray[Any]]) -> list[str]:
+        """Reads one example into its rows of the batch; returns its targets' names."""
         with self._shards.reader(example) as reader:
-            inputs, target = f"inputs-{example.input_set:03d}", f"target-{example.target:05d}"
+            inputs = f"inputs-{example.input_set:03d}"
             if self._inputs or "identity" in out:
                 described = read_description(reader, inputs)
             if "identity" in out:
-                _fill_identity(reader, described["identity"], out["identity"])
+                for row in out["identity"]:
+                    _fill_identity(reader, described["identity"], row)
             names = [f"{i:02d}" for i in range(self.manifest.settings.n_inputs)]
             if self._inputs:
                 kept = self.manifest.settings.input_background == "kept"
-                self._fill_views(reader, inputs, names, out["input_images"], out["input_masks"], kept)
-                _fill_cameras(described["pictures"], out["input_K"], out["input_world_to_camera"])
+                self._fill_views(reader, inputs, names, out["input_images"][0], out["input_masks"][0], kept)
+                _fill_cameras(described["pictures"], out["input_K"][0], out["input_world_to_camera"][0])
             if "input_positions" in out:
-                fill_positions(reader, inputs, names, out["input_positions"], out["input_confidence"])
+                fill_positions(reader, inputs, names, out["input_positions"][0], out["input_confidence"][0])
             if "input_features" in out:
                 storage, scales = self.manifest.priors.storage, out.get("input_features_scale")
-                fill_features(reader, inputs, names, out["input_features"], storage, scales)
-            described = read_description(reader, target)
+                fill_features(
+                    reader,
+                    inputs,
+                    names,
+                    out["input_features"][0],
+                    storage,
+                    None if scales is None else scales[0],
+                )
             names = [f"{i:03d}" for i in example.views]
-            self._fill_views(reader, target, names, out["target_images"], out["target_masks"])
-            cameras = [described["cameras"][i] for i in example.views]
-            _fill_cameras(cameras, out["target_K"], out["target_world_to_camera"])
-            out["expression"][:] = described["expression"]
-        views = ",".join(str(described["cameras"][i]["camera"]) for i in example.views)
+            rows = {key: array for key, array in out.items() if not key.startswith("input_")}
+            return [
+                self._read_target(
+                    reader, example, target, names, {key: array[i] for key, array in rows.items()}
+                )
+                for i, target in enumerate((example.target, *example.others))
+            ]
+
+    def _read_target(
+        self, reader: Reader, example: Example, target: int, names: list[str], out: dict[str, NDArray[Any]]
+    ) -> str:
+        """Reads one target timestep of an example into its row; returns its name."""
+        key = f"target-{target:05d}"
+        described = read_description(reader, key)
+        self._fill_views(reader, key, names, out["target_images"], out["target_masks"])
+        cameras = [described["cameras"][i] for i in example.views]
+        _fill_cameras(cameras, out["target_K"], out["target_world_to_camera"])
+        out["expression"][:] = described["expression"]
+        views = ",".join(str(camera["camera"]) for camera in cameras)
+        inputs = f"inputs-{example.input_set:03d}"
         return f"{described['subject']}/{described['timestep']}/{inputs}/{views}@{example.position}"
 
     def _fill_views(
@@ -327,13 +363,13 @@ class _Pending:
     """A batch that threads are filling."""
 
     arrays: dict[str, NDArray[Any]]
-    futures: list[Future[str]]
+    futures: list[Future[list[str]]]
     told: dict[str, str]
 
     def result(self) -> dict[str, Any]:
         """Waits; raises what a thread raised."""
         try:
-            ids = [future.result() for future in self.futures]
+            ids = [name for future in self.futures for name in future.result()]
         except BaseException:
             self.cancel()
             raise

@@ -43,6 +43,8 @@ class Example:
         input_set: the input set of the shard; it does not contain the target timestep.
         views: which of the target's views to compare.
         lane: which of the stretches that are read side by side it comes from.
+        others: further target timesteps of the same shard, compared in the same views; none of them is in the input
+            set either.
     """
 
     position: int
@@ -52,6 +54,7 @@ class Example:
     input_set: int
     views: tuple[int, ...]
     lane: int
+    others: tuple[int, ...] = ()
 
 
 class Plan:
@@ -62,16 +65,34 @@ class Plan:
         seed: of the order and all draws.
         views: target views of an example.
         lanes: how many stretches of an epoch are read side by side. Part of the order.
+        expressions: target timesteps of an example. The first one is what an epoch counts; the others are drawn.
 
     Raises:
-        UserError: there is no example, or a target has fewer views than asked for.
+        UserError: there is no example, or a target has fewer views than asked for, or a shard too few timesteps.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], *, seed: int, views: int = 8, lanes: int = LANES) -> None:
+    def __init__(
+        self,
+        shards: Sequence[ShardInfo],
+        *,
+        seed: int,
+        views: int = 8,
+        lanes: int = LANES,
+        expressions: int = 1,
+    ) -> None:
         self.shards, self.seed, self.views, self.lanes = tuple(shards), seed, views, lanes
-        if lanes < 1 or views < 1:
-            raise UserError(f"A plan needs at least one lane and one view, not {lanes} and {views}.")
+        self.expressions = expressions
+        if min(lanes, views, expressions) < 1:
+            raise UserError(
+                f"A plan needs at least one lane, one view and one expression, not {lanes}, {views} and {expressions}."
+            )
         for shard in self.shards:
+            most = max((len(set(steps)) for steps in shard.inputs), default=0)
+            if expressions > 1 and shard.targets - most < expressions:
+                raise UserError(
+                    f"{shard.path} has {shard.targets} timesteps, {most} of them in an input set, where {expressions}"
+                    " more are asked for. Ask for fewer expressions an example, or pack larger shards."
+                )
             if shard.views and min(shard.views) < views:
                 raise UserError(
                     f"{shard.path} has a timestep with {min(shard.views)} views where {views} are asked for."
@@ -103,14 +124,21 @@ class Plan:
             target += left_out <= target
         draws = Draws("example", self.seed, epoch, shard.path, target)
         sets = [j for j, steps in enumerate(shard.inputs) if target not in steps]
+        input_set = draws.choice(sets)
+        others: tuple[int, ...] = ()
+        if self.expressions > 1:
+            free = [t for t in range(shard.targets) if t != target and t not in shard.inputs[input_set]]
+            others = tuple(free[i] for i in draws.sample(len(free), self.expressions - 1))
+        seen = min(shard.views[t] for t in (target, *others))
         return Example(
             position=position,
             epoch=epoch,
             shard=index,
             target=target,
-            input_set=draws.choice(sets),
-            views=tuple(draws.sample(shard.views[target], self.views)),
+            input_set=input_set,
+            views=tuple(draws.sample(seen, self.views)),
             lane=place % self.lanes,
+            others=others,
         )
 
     def batch(self, step: int, *, micro_batch: int, world_size: int = 1, rank: int = 0) -> list[Example]:

@@ -9,6 +9,7 @@ import torch
 
 from avatars import rasterize
 from avatars.avat3r import Avat3r, Avat3rAvatar, Avat3rConfig, Avat3rMethod, Views, confident
+from avatars.avat3r.layers import attend
 from avatars.avat3r.model import sample_at_patch_centres
 from avatars.cameras import Cameras
 from avatars.errors import UserError
@@ -17,6 +18,7 @@ from avatars.inputs import InputSet
 from launch.recipes import find_recipe
 from launch.recipes.avat3r import ABLATIONS
 from shards import BatchLoader, Manifest
+from train.flops import step_flops
 from train.tasks import settled, task_for
 
 TINY = Avat3rConfig(
@@ -439,3 +441,59 @@ def test_every_ablation_takes_a_step(row, tiny_shards):
     assert (parts["gaussians"] == all_pixels) == (not config.model.position_prior)
     silent = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()]
     assert all("key_value.bias" in n for n in silent), silent
+
+
+def test_several_expressions_of_an_example_are_as_many_examples(tiny_shards):
+    base = find_recipe("avat3r-tiny")
+    module = task_for(base).build()
+    for head in module.get_submodule("model.heads").children():
+        torch.nn.init.normal_(head.weight, std=0.05)
+    with BatchLoader(tiny_shards, "train", seed=0, micro_batch=2, views=2, threads=1) as loader:
+        batch = next(loader) | {"progress": 0.0}
+    rows = {name: value for name, value in batch.items() if name.startswith(("target_", "expression"))}
+    codes = torch.stack(
+        [rows["expression"], rows["expression"].flip(0)], 1
+    )  # each with its own and the other's
+    several = {name: value.repeat_interleave(2, 0) for name, value in rows.items()} | {
+        "expression": codes.flatten(0, 1)
+    }
+    together, parts = module(batch | several)
+    alone = [module(batch | {"expression": codes[:, i]})[0] for i in range(2)]
+    assert not torch.isclose(alone[0], alone[1], rtol=1e-5)
+    assert torch.isclose(together, sum(alone) / 2, rtol=1e-5)
+    assert parts["gaussians"] == module(batch)[1]["gaussians"]
+
+
+def test_the_expression_layers_may_have_a_rate_of_their_own():
+    base = find_recipe("avat3r-tiny")
+    task = task_for(replace(base, model=replace(base.model, expression_rate=2.0)))
+    module = task.build()
+    (one, others), (two, expression) = task.parameter_groups(module)
+    assert (one, two) == (1.0, 2.0)
+    assert {id(p) for p in others} | {id(p) for p in expression} == {id(p) for p in module.parameters()}
+    names = {n for n, p in module.named_parameters() if any(p is q for q in expression)}
+    assert names == {
+        n for n, _ in module.named_parameters() if "cross_blocks" in n or "expression_tokens" in n
+    }
+    assert len(task_for(base).parameter_groups(module)) == 1
+    with pytest.raises(UserError, match="expression_rate is 0"):
+        replace(base.model, expression_rate=0)
+
+
+def test_further_expressions_cost_what_decoding_costs():
+    base = find_recipe("avat3r-cpu")
+
+    def flops(expressions):
+        return step_flops(task_for(replace(base, data=replace(base.data, expressions=expressions))))
+
+    assert flops(3) - flops(2) == flops(2) - flops(1)
+    assert 0.3 < (flops(2) - flops(1)) / flops(1) < 0.6
+
+
+@pytest.mark.parametrize("keys", [4, 64, 2000])
+def test_attention_in_bfloat16_is_attention(keys):
+    q, k, v = (torch.randn(2, 3, n, 32) for n in (50, keys, keys))
+    exact = torch.softmax(q @ k.transpose(-1, -2) / 32**0.5, -1) @ v
+    assert torch.allclose(attend(q, k, v), exact, atol=1e-5)
+    narrow = attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    assert (narrow - exact).abs().mean() < 0.01 * exact.abs().mean() + 2e-3

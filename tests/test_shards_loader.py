@@ -19,6 +19,14 @@ def shards(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Shards of more timesteps than an input set and an example with three expressions need."""
+    return pack_tiny(
+        tmp_path_factory.mktemp("wide"), subjects=3, timesteps=9, views=6, size=32, timesteps_per_shard=9
+    )
+
+
 def ids(shards, count, **options):
     options = {"seed": 5, "micro_batch": 2, "views": 3, **options}
     with BatchLoader(shards, "train", **options) as loader:
@@ -60,6 +68,35 @@ def test_input_sets_are_left_out_when_nobody_needs_them_and_nothing_else_changes
     assert torch.equal(batch["target_images"], without["target_images"])
     subject = open_shards(shards, "train").read(batch["ids"][0].split("/")[0])
     assert torch.equal(without["identity"][0], subject.input_sets[0].identity)
+
+
+def test_several_expressions_of_an_example_are_rows_one_after_the_other(wide):
+    options: dict = {"seed": 0, "micro_batch": 2, "views": 3}
+    with (
+        BatchLoader(wide, "train", expressions=3, **options) as several,
+        BatchLoader(wide, "train", expressions=3, raw=True, **options) as raw,
+        BatchLoader(wide, "train", **options) as single,
+    ):
+        batch, one, floats = next(several), next(single), to_float(next(raw))
+    for name in one:
+        if name.startswith("input_"):
+            assert torch.equal(batch[name], one[name])
+    assert torch.equal(batch["expression"][::3], one["expression"])
+    assert batch["target_images"].shape == (6, 3, 3, 32, 32)
+    assert batch["identity"].shape == (6, 10)
+    assert torch.equal(batch["identity"][:3], one["identity"][:1].expand(3, -1))
+    assert torch.equal(batch["target_images"], floats["target_images"])
+    shards = open_shards(wide, "train")
+    for row, name in enumerate(batch["ids"]):
+        subject, timestep, inputs, rest = name.split("/")
+        cameras = rest.split("@")[0].split(",")
+        assert name.split("@")[1] == batch["ids"][row // 3 * 3].split("@")[1]
+        assert inputs == batch["ids"][row // 3 * 3].split("/")[2]
+        target = next(t for t in shards.read(subject).targets if t.timestep == timestep)
+        images = target.images([target.camera_ids.index(c) for c in cameras])
+        assert torch.equal(batch["target_images"][row], images)
+        assert torch.equal(batch["expression"][row], target.expression)
+    assert len({name.split("@")[0] for name in batch["ids"]}) == 6
 
 
 def test_a_batch_is_what_the_plan_says(shards):

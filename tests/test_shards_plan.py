@@ -130,3 +130,30 @@ def test_a_large_manifest_is_planned_at_any_step_at_once():
     batch = plan.batch(10**6, micro_batch=1, world_size=64, rank=63)
     assert batch[0].position == 64 * 10**6 + 63
     assert batch[0].epoch == 52
+
+
+@settings(max_examples=30, deadline=None)
+@given(shard_lists(), st.integers(2, 4))
+def test_further_expressions_of_an_example_are_none_of_its_input_set(shards, expressions):
+    if any(s.targets - max(map(len, s.inputs)) < expressions for s in shards):
+        with pytest.raises(UserError, match=rf"where {expressions} more are asked for"):
+            Plan(shards, seed=1, expressions=expressions)
+        return
+    alone = Plan(shards, seed=1, views=3)
+    plan = Plan(shards, seed=1, views=3, expressions=expressions)
+    for position in range(plan.epoch_length):
+        example, one = plan.example(position), alone.example(position)
+        assert one.others == ()
+        assert (example.shard, example.target, example.input_set) == (one.shard, one.target, one.input_set)
+        targets = {example.target, *example.others}
+        assert len(targets) == expressions
+        assert not targets & set(shards[example.shard].inputs[example.input_set])
+
+
+def test_all_further_expressions_are_used_evenly():
+    plan = Plan([shard(0, 12, ((0, 1),))], seed=0, views=2, expressions=3)
+    drawn = Counter(t for p in range(2000) for t in plan.example(p).others)
+    assert set(drawn) == set(range(2, 12))
+    assert all(330 < count < 470 for count in drawn.values())
+    with pytest.raises(UserError, match="one expression"):
+        Plan([shard(0, 12)], seed=0, expressions=0)

@@ -153,6 +153,15 @@ def test_streams_refuse_what_is_no_plain_tar(packed):
     files.rm("/odd", recursive=True)
 
 
+def test_several_expressions_need_a_copy_of_the_shard(packed, url, tmp_path):
+    options: dict = {"seed": 0, "micro_batch": 1, "views": 1, "expressions": 2}
+    with pytest.raises(UserError, match=r"2 expressions an example jump about.*--data\.cache"):
+        BatchLoader(url, "train", **options)
+    for folder, cache in ((url, ShardCache(tmp_path, 10**9)), (packed, None)):
+        with pytest.raises(UserError, match=r"pack larger shards"):  # read, and found to be too small
+            BatchLoader(folder, "train", cache=cache, **options)
+
+
 def test_streams_go_back_when_asked_to(packed, url):
     name = "s00-0000.tar"
     reader = StreamReader(RemoteFolder(url), name)

@@ -48,6 +48,14 @@ def test_a_change_belongs_to_the_example_and_to_no_batch():
     assert not torch.equal(both["target_images"][0], again["target_images"][0])
 
 
+def test_several_targets_of_an_example_change_as_its_inputs_do():
+    before = batch(ids=("a/0/inputs-000/0,1@3", "b/0/inputs-000/0,1@4"))
+    pictures = before["input_images"][:, :2].repeat_interleave(3, 0)
+    names = [f"{name[0]}/{t}/{name[4:]}" for name in before["ids"] for t in range(3)]
+    after = jittered(before | {"target_images": pictures, "ids": names}, 0.5)
+    assert torch.equal(after["target_images"], after["input_images"][:, :2].repeat_interleave(3, 0))
+
+
 def test_batches_without_input_pictures_and_strengths_that_are_none():
     before = batch()
     del before["input_images"]

@@ -27,16 +27,24 @@ def jittered(batch: Batch, strength: float) -> Batch:
     Gamma takes the place of contrast about a grey: what is black behind the head stays black.
 
     Args:
-        batch: what `shards.BatchLoader` yields; pictures are (B, n, 3, H, W) in [0, 1].
+        batch: what `shards.BatchLoader` yields; pictures are (…, n, 3, H, W) in [0, 1].
         strength: s, 0 for no change.
     """
     if not strength:
         return batch
     made = dict(batch)
-    factors = torch.stack([_factors(name, strength) for name in batch["ids"]])  # (B, 3)
+    first: dict[
+        str, str
+    ] = {}  # name by place in the plan: an example may have several targets, one after the other
+    for name in batch["ids"]:
+        first.setdefault(name.rpartition("@")[2], name)
+    factors = torch.stack(
+        [_factors(first[name.rpartition("@")[2]], strength) for name in batch["ids"]]
+    )  # (R, 3)
     for name in PICTURES:
         if name in batch:
-            made[name] = _changed(batch[name], factors.to(batch[name]))
+            rows = factors[:: len(factors) // len(batch[name])]
+            made[name] = _changed(batch[name], rows.to(batch[name]))
     return made
 
 

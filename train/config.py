@@ -85,6 +85,10 @@ class DataConfig:
     """Examples a rank computes at once."""
     views: int = 8
     """Target views of an example."""
+    expressions: int = 1
+    """Target timesteps of an example, drawn from one input set in one step, each with `views` views of the same
+    cameras. With several of one face the gradient of what an expression changes is not drowned by what is still wrong
+    with the face (ours)."""
     input_timesteps: Literal["different", "same"] = "different"
     """What the shards' input sets must be made of: pictures of different timesteps, or all of the same."""
     color_jitter: float = 0.0
@@ -103,6 +107,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.color_jitter <= 3:
             raise UserError(f"--data.color-jitter is {self.color_jitter}; give 0 for none, or up to 3.")
+
+    @property
+    def target_pictures(self) -> int:
+        """Pictures that an example is compared with."""
+        return self.views * self.expressions
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,7 @@ class TrainConfig:
             "ranks_without_gpu": self.ranks_without_gpu,
             "data.micro_batch": self.data.micro_batch,
             "data.views": self.data.views,
+            "data.expressions": self.data.expressions,
             "data.threads": self.data.threads,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,

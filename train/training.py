@@ -174,6 +174,7 @@ def prepared(
             cache=shard_cache(config, data),
             tolerate=config.data.tolerate,
             inputs=task.reads_inputs,
+            expressions=config.data.expressions,
         ) as loader,
         Profiler(config.profile, run, rank) as profiler,
     ):

@@ -69,6 +69,8 @@ class Avat3rConfig:
     """The width halves with each doubling but not below this."""
     position_unit: float = 0.02
     """Metres that one unit of the position head's output means. Ours."""
+    expression_rate: float = 1.0
+    """Learning rate of the cross-attention layers and the expression MLP as a share of the recipe's. Ours."""
     checkpoint_activations: bool = False
     """Recompute the layers' activations in the backward pass to save memory."""
 
@@ -93,6 +95,8 @@ class Avat3rConfig:
             refuse(
                 f"confidence_space {self.confidence_space!r} is none of {', '.join(get_args(ConfidenceSpace))}."
             )
+        if self.expression_rate <= 0:
+            refuse(f"expression_rate is {self.expression_rate} and must be more than 0.")
         if self.position_skip and not self.position_prior:
             refuse("position_skip needs position_prior; switch both off or both on.")
 

@@ -102,7 +102,8 @@ class GaussianMaps:
     """One Gaussian per pixel of every input view, as the heads give it, and what it starts from.
 
     Attributes:
-        raw: (B, N, 14, H, W) head outputs, channels in the order of `ATTRIBUTES`.
+        raw: (B X, N, 14, H, W) head outputs for X expressions of each of B people, one person after the other, channels
+            in the order of `ATTRIBUTES`.
         anchors: where each pixel starts.
         position_unit: metres that one unit of the position output means.
     """
@@ -112,8 +113,9 @@ class GaussianMaps:
     position_unit: float
 
     def gaussians(self, index: int) -> Gaussians:
-        """The kept Gaussians of batch element `index`, views one after the other."""
-        return activate(self.raw[index], self.anchors.kept(index), self.position_unit)
+        """The kept Gaussians of row `index` of `raw`, views one after the other."""
+        expressions = len(self.raw) // len(self.anchors.keep)
+        return activate(self.raw[index], self.anchors.kept(index // expressions), self.position_unit)
 
 
 def activate(raw: Tensor, anchors: KeptAnchors, position_unit: float) -> Gaussians:
@@ -205,7 +207,9 @@ class Avat3r(nn.Module):
 
         With the heads at zero the network starts as the coloured position maps, rendered from anywhere.
         """
-        init_linear(self)
+        # 0.02 at the width of a base transformer: a narrower one hardly tells its tokens apart with it.
+        std = 0.02 * (768 / self.config.width) ** 0.5
+        init_linear(self, std)
         nn.init.normal_(self.grid_embedding, std=0.02)
         if isinstance(
             self.merge_features, nn.Linear
@@ -218,7 +222,7 @@ class Avat3r(nn.Module):
         depth = max(self.config.self_layers + self.config.cross_layers, 1)
         for block in [*self.self_blocks, *self.cross_blocks]:
             for layer in (block.attention.out, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * depth) ** 0.5)
+                nn.init.normal_(layer.weight, std=std / (2 * depth) ** 0.5)
         for head in self.heads.values():
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
@@ -355,10 +359,10 @@ class Avat3r(nn.Module):
         )
 
     def forward(self, views: Views, expression: Tensor) -> GaussianMaps:
-        """Views (B, N, …) and expression (B, E) to Gaussian maps."""
-        return GaussianMaps(
-            self.decode(self.encode(views), expression), self.anchors(views), self.config.position_unit
-        )
+        """Views (B, N, …) and expressions (B X, E), X of each person, to Gaussian maps."""
+        tokens = self.encode(views)
+        tokens = tokens.repeat_interleave(len(expression) // len(tokens), 0)
+        return GaussianMaps(self.decode(tokens, expression), self.anchors(views), self.config.position_unit)
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Writes `model.safetensors` (float32) and `model.json` (configuration and provenance)."""

@@ -11,7 +11,9 @@ from launch.recipes.avat3r import (
     ABLATIONS,
     ablated,
     avat3r,
+    avat3r_captures,
     avat3r_cpu,
+    avat3r_cpu_driven,
     avat3r_cpu_full,
     avat3r_small,
     avat3r_tiny,
@@ -42,6 +44,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "avat3r-cpu": avat3r_cpu,
     "avat3r-tiny": avat3r_tiny,
     "avat3r-cpu-full": avat3r_cpu_full,
+    "avat3r-cpu-driven": avat3r_cpu_driven,
     **{f"avat3r-{row}": ablated(avat3r, "avat3r", row) for row in ABLATIONS},
     **{f"avat3r-cpu-{row}": ablated(avat3r_cpu_full, "avat3r-cpu", row) for row in ABLATIONS},
     "fastavatar-decoder": fastavatar_decoder,
@@ -56,7 +59,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "gasp-prior-tiny": gasp_prior_tiny,
 }
 
-CAPTURES: dict[str, DemoCaptures] = gasp_prior_captures() | fastavatar_captures()
+CAPTURES: dict[str, DemoCaptures] = avat3r_captures() | gasp_prior_captures() | fastavatar_captures()
 """What is made for a recipe where no data are given, other than the demo's captures."""
 
 

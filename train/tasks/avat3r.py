@@ -22,6 +22,7 @@ from train.task import Batch, check_codes, check_size, of_kind
 __all__ = ["Avat3rTask", "views_from_batch"]
 
 INPUT_VIEWS = 4  # pictures of a person (Avat3r section 4.1)
+EXPRESSION_LAYERS = ("model.cross_blocks.", "model.expression_tokens.")
 
 
 def views_from_batch(batch: Batch) -> Views:
@@ -54,7 +55,7 @@ class Avat3rWithLoss(nn.Module):
             The mean loss over the batch, and its parts.
         """
         maps = self.model(views_from_batch(batch), batch["expression"])
-        targets = batch["target_images"]  # (B, V, 3, H, W)
+        targets = batch["target_images"]  # (B X, V, 3, H, W)
         height, width = targets.shape[-2:]
         pictures = []
         for index in range(targets.shape[0]):
@@ -62,7 +63,7 @@ class Avat3rWithLoss(nn.Module):
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
         loss, parts = self.loss(predictions, wanted, batch["progress"])
-        parts["gaussians"] = maps.anchors.keep.float().sum() / targets.shape[0]
+        parts["gaussians"] = maps.anchors.keep.float().sum() / len(maps.anchors.keep)
         return loss, parts
 
 
@@ -79,6 +80,7 @@ class Avat3rTask:
         self.loss = config.loss
         self.input_timesteps = config.data.input_timesteps
         self.size = self.config.size
+        self.expressions = config.data.expressions
         self.prior_values = 4 * self.size**2 * self.config.position_prior + (
             self.config.feature_dim * self.config.grid**2
         )
@@ -142,8 +144,14 @@ class Avat3rTask:
         return module
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[float, list[Parameter]]]:
-        """All of it at one rate."""
-        return [(1.0, list(module.parameters()))]
+        """The layers that bring the expression in at a rate of their own, where the recipe says so."""
+        rate = self.config.expression_rate
+        if rate == 1.0:
+            return [(1.0, list(module.parameters()))]
+        groups: dict[bool, list[Parameter]] = {False: [], True: []}
+        for name, parameter in module.named_parameters():
+            groups[name.startswith(EXPRESSION_LAYERS)].append(parameter)
+        return [(1.0, groups[False]), (rate, groups[True])]
 
     def method(self, state: dict[str, Tensor], expression_kind: str, device: str) -> Avat3rMethod:
         """The network alone, in float32."""
@@ -152,12 +160,13 @@ class Avat3rTask:
         return Avat3rMethod(module.model.to(device), expression_kind)
 
     def dry_pass(self, *, recompute: bool) -> Tensor:
-        """The network on four pictures of one person, on the meta device."""
+        """The network on four pictures of one person and an example's expressions, on the meta device."""
         keep = self.config.checkpoint_activations and recompute
         with torch.device("meta"):
             model = Avat3r(replace(self.config, checkpoint_activations=keep))
             views, expression = self._made_up()
-            return model.decode(model.encode(views), expression).sum()
+            codes = expression.expand(self.expressions, -1)
+            return model(views, codes).raw.sum()
 
     def _made_up(self) -> tuple[Views, Tensor]:
         """One person's pictures and an expression code, of the right shapes, on the default device."""
