@@ -138,4 +138,4 @@ class FastAvatarEncoderConfig(FastAvatarConfig):
     decoder_rate: float = 0.0
     """Learning rate of a given decoder as a share of the recipe's; 0 keeps it as it is, as the authors do."""
     shape_weight: float = 0.0
-    """As the decoder's, for the encoder's w."""
+    """As the decoder's, for the w of every picture."""

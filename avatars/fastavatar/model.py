@@ -131,7 +131,11 @@ class Decoder(nn.Module):
             opacities=values["opacities"][..., 0],
             colors=values["colors"].reshape(people, count, -1, 3),
         )
-        return Decoded(local, self.mean_identity + self.identity(latent))
+        return Decoded(local, self.head_of(latent))
+
+    def head_of(self, latent: Tensor) -> Tensor:
+        """Identity codes (B, I) of the heads that carry people, from their w (B, d)."""
+        return self.mean_identity + self.identity(latent)
 
     def avatar(self, latent: Tensor, expression_kind: str, network: str, **more: Any) -> FastAvatar:
         """The person of one w (d,), ready to be driven. One forward pass."""

@@ -148,7 +148,11 @@ class EncoderWithLoss(Drawn):
             nce = info_nce(latent, identity, config.temperature)
             loss = loss + config.nce_weight * nce
             parts["nce"] = nce.detach()
-        if config.picture_weight or config.shape_weight or not self.rows:
+        if config.shape_weight:
+            shape = self.shape_loss(self.decoder.head_of(latent), identities(batch)[owner])
+            loss = loss + config.shape_weight * shape
+            parts["shape"] = shape.detach()
+        if config.picture_weight or not self.rows:
             # One picture says who it is, and the others of the same moment say what that must look like: the first that
             # the backbone has found a face in, which the plan draws anew each time.
             places = [(owner == person).nonzero()[:1, 0] for person in range(people)]
@@ -159,17 +163,12 @@ class EncoderWithLoss(Drawn):
                 key: value[found] if isinstance(value, Tensor) and value.ndim else value
                 for key, value in batch.items()
             }
-            if config.picture_weight or not self.rows:
-                for key in ("target_images", "target_K", "target_world_to_camera"):
-                    # The last ones: the first is what the person was most likely decoded from.
-                    some[key] = some[key][:, -config.picture_views :]
-                drawn, told = self.picture_losses(made, made.identity, some)
-                loss = loss + (config.picture_weight or 1.0) * drawn
-                parts |= told
-            if config.shape_weight:
-                shape = self.shape_loss(made.identity, identities(some))
-                loss = loss + config.shape_weight * shape
-                parts["shape"] = shape.detach()
+            for key in ("target_images", "target_K", "target_world_to_camera"):
+                # The last ones: the first is what the person was most likely decoded from.
+                some[key] = some[key][:, -config.picture_views :]
+            drawn, told = self.picture_losses(made, made.identity, some)
+            loss = loss + (config.picture_weight or 1.0) * drawn
+            parts |= told
         return loss, parts
 
     def _looked_at(self, batch: Batch) -> tuple[Tensor, Tensor]:
