@@ -19,6 +19,7 @@ from avatars.errors import UserError
 from avatars.fastavatar import (
     FastAvatar,
     FastAvatarConfig,
+    FastAvatarEncoderConfig,
     LocalGaussians,
     average,
     place,
@@ -413,6 +414,9 @@ def test_settings_that_make_no_network():
     ):
         with pytest.raises(UserError, match=told):
             FastAvatarConfig(**wrong)
+    for wrong in ({"degrees": 0.0}, {"degrees": 181.0}, {"picture_people": -1}):
+        with pytest.raises(UserError, match="degrees is more than 0 and at most 180"):
+            FastAvatarEncoderConfig(**wrong)
     with pytest.raises(UserError, match="the unknown fields warp"):
         FastAvatarConfig.from_json(FastAvatarConfig().to_json() | {"warp": 1})
 
@@ -525,8 +529,8 @@ def test_an_encoder_looks_at_other_moments_and_not_at_backs_of_heads(shards, mon
         "input_images": torch.maximum(batch["input_images"], (batch["input_masks"] == 0).float())
     }
     assert torch.equal(module._looked_at(behind)[0], seen)
-    module.config = replace(module.config, degrees=0.0)
-    with pytest.raises(UserError, match=r"within 0 degrees of straight ahead"):
+    module.config = replace(module.config, degrees=1.0)
+    with pytest.raises(UserError, match=r"within 1 degrees of straight ahead"):
         module(batch)
 
 

@@ -139,3 +139,10 @@ class FastAvatarEncoderConfig(FastAvatarConfig):
     """Learning rate of a given decoder as a share of the recipe's; 0 keeps it as it is, as the authors do."""
     shape_weight: float = 0.0
     """As the decoder's, for the w of every picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.degrees <= 180 or min(self.picture_people, self.picture_views) < 0:
+            raise UserError(
+                "FastAvatar: degrees is more than 0 and at most 180; picture_people and picture_views are not negative."
+            )
