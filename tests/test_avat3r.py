@@ -464,6 +464,41 @@ def test_several_expressions_of_an_example_are_as_many_examples(tiny_shards):
     assert parts["gaussians"] == module(batch)[1]["gaussians"]
 
 
+def test_what_is_wrong_in_all_expressions_is_left_out_of_the_deviation(tiny_shards):
+    base = find_recipe("avat3r-tiny")
+    several = replace(base, data=replace(base.data, expressions=2))
+    weighted = replace(several, model=replace(base.model, deviation_weight=3.0))
+    module, plain = task_for(weighted).build(), task_for(several).build()
+    for head in module.get_submodule("model.heads").children():
+        torch.nn.init.normal_(head.weight, std=0.05)
+    plain.load_state_dict(module.state_dict())
+    with BatchLoader(tiny_shards, "train", seed=0, micro_batch=2, views=2, threads=1) as loader:
+        one = next(loader) | {"progress": 0.0}
+    rows = [name for name in one if name.startswith(("target_", "expression"))]
+    batch = one | {name: one[name].repeat_interleave(2, 0) for name in rows}
+    alike, parts = module(batch)
+    assert parts["deviation"] < 1e-6
+    assert torch.isclose(alike, plain(batch)[0], rtol=1e-5)
+    batch["target_images"][0] += (
+        0.1  # of one person's two targets: half of it is deviation, in half of the batch
+    )
+    loss, parts = module(batch)
+    assert torch.isclose(parts["deviation"], torch.tensor(0.1 / 2 / 2), rtol=1e-4)
+    assert torch.isclose(loss - plain(batch)[0], 3 * parts["deviation"], rtol=1e-4)
+
+
+def test_several_expressions_where_they_are_none_of_the_recipes_business():
+    base = find_recipe("avat3r-tiny")
+    with pytest.raises(UserError, match=r"deviation-weight is 1\.0 and compares expressions"):
+        replace(base, model=replace(base.model, deviation_weight=1.0))
+    with pytest.raises(UserError, match="must not be negative"):
+        replace(base.model, deviation_weight=-1.0)
+    for other in ("gasp-prior-tiny", "fastavatar-decoder-tiny"):
+        recipe = find_recipe(other)
+        with pytest.raises(UserError, match=r"--data\.expressions is 2, and .* is trained on one"):
+            replace(recipe, data=replace(recipe.data, expressions=2))
+
+
 def test_the_expression_layers_may_have_a_rate_of_their_own():
     base = find_recipe("avat3r-tiny")
     task = task_for(replace(base, model=replace(base.model, expression_rate=2.0)))

@@ -224,6 +224,17 @@ class TrainConfig:
             raise UserError(
                 f"Recipe {self.recipe}: --ema is {self.ema}; a decay is from 0 (none) to below 1."
             )
+        if self.data.expressions > 1 and self.model.method != "avat3r":
+            raise UserError(
+                f"Recipe {self.recipe}: --data.expressions is {self.data.expressions}, and {self.model.method} is "
+                "trained on one; only Avat3r takes several of an input set."
+            )
+        deviation = getattr(self.model, "deviation_weight", 0)
+        if deviation and self.data.expressions == 1:
+            raise UserError(
+                f"Recipe {self.recipe}: --model.deviation-weight is {deviation} and compares expressions, of which "
+                "--data.expressions gives one; give more, or no weight."
+            )
         if self.batch < 0:
             raise UserError(f"Recipe {self.recipe}: --batch is {self.batch}; give 0 or a number of examples.")
         positive = {

@@ -71,6 +71,9 @@ class Avat3rConfig:
     """Metres that one unit of the position head's output means. Ours."""
     expression_rate: float = 1.0
     """Learning rate of the cross-attention layers and the expression MLP as a share of the recipe's. Ours."""
+    deviation_weight: float = 0.0
+    """Weight of the mean absolute deviation of errors from their mean over an example's expressions, pixel by pixel in
+    the same view: what is wrong with the person cancels, what an expression changes remains. Ours."""
     checkpoint_activations: bool = False
     """Recompute the layers' activations in the backward pass to save memory."""
 
@@ -97,6 +100,8 @@ class Avat3rConfig:
             )
         if self.expression_rate <= 0:
             refuse(f"expression_rate is {self.expression_rate} and must be more than 0.")
+        if self.deviation_weight < 0:
+            refuse(f"deviation_weight is {self.deviation_weight} and must not be negative.")
         if self.position_skip and not self.position_prior:
             refuse("position_skip needs position_prior; switch both off or both on.")
 

@@ -114,8 +114,8 @@ def avat3r_cpu_driven() -> TrainConfig:
     return replace(
         base,
         recipe="avat3r-cpu-driven",
-        steps=2_500,
-        model=replace(of_kind(base.model, Avat3rConfig), expression_rate=2.0),
+        steps=2_200,
+        model=replace(of_kind(base.model, Avat3rConfig), expression_rate=2.0, deviation_weight=2.0),
         loss=LossConfig(ssim=1.0),
         data=DataConfig(micro_batch=1, views=3, expressions=4),
         checkpoint=CheckpointConfig(every=250, keep=2),

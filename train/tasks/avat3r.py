@@ -44,6 +44,7 @@ class Avat3rWithLoss(nn.Module):
         super().__init__()
         self.model = Avat3r(config)
         self.loss = PictureLoss(loss)
+        self.deviation_weight = config.deviation_weight
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Renders every example's target views and compares.
@@ -63,6 +64,12 @@ class Avat3rWithLoss(nn.Module):
             pictures.append(rasterize(maps.gaussians(index), cameras, (height, width)).image)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
         loss, parts = self.loss(predictions, wanted, batch["progress"])
+        if self.deviation_weight:
+            people, views = len(maps.anchors.keep), targets.shape[1]
+            errors = (predictions - wanted).unflatten(0, (people, -1, views))
+            deviation = (errors - errors.mean(1, keepdim=True)).abs().mean()
+            loss = loss + self.deviation_weight * deviation
+            parts["deviation"] = deviation.detach()
         parts["gaussians"] = maps.anchors.keep.float().sum() / len(maps.anchors.keep)
         return loss, parts
 
