@@ -112,7 +112,7 @@ def fastavatar_encoder_cpu() -> TrainConfig:
     """FastAvatar's encoder for two processor cores: timm's smallest ResNet on crops of 64 pixels; minutes."""
     return TrainConfig(
         recipe="fastavatar-encoder-cpu",
-        steps=1_500,
+        steps=800,
         model=FastAvatarEncoderConfig(
             **vars(SMALL),
             nce_weight=1.0,
@@ -125,8 +125,8 @@ def fastavatar_encoder_cpu() -> TrainConfig:
             shape_weight=1.0,
         ),
         optimizer=replace(COSINE, lr=1e-3),
-        data=DataConfig(micro_batch=16, views=4),
-        checkpoint=CheckpointConfig(every=300, keep=1),
+        data=DataConfig(micro_batch=12, views=4),
+        checkpoint=CheckpointConfig(every=200, keep=1),
         precision="fp32",
         zero_stage=1,
         log_every=100,
