@@ -30,7 +30,7 @@ from torch import Tensor
 
 from avatars.avat3r import Avat3rMethod
 from avatars.inputs import InputSet
-from avatars.method import Avatar
+from avatars.method import Avatar, render
 from avatars.rasterize import rasterize
 from shards import SubjectShards, open_shards
 
@@ -106,9 +106,7 @@ def lines(avatar: Avatar, person: SubjectShards, inputs: InputSet) -> list[list[
     for target in targets:
         truth.append(target.images([0])[0])
         size = truth[-1].shape[-2:]
-        drawn.append(
-            rasterize(avatar.gaussians(target.expression), target.cameras[:1], size).image[0].clamp(0, 1)
-        )
+        drawn.append(render(avatar, target.expression, target.cameras[:1], size).image[0].clamp(0, 1))
     return [list(inputs.images), truth, drawn]
 
 

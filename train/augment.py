@@ -33,13 +33,10 @@ def jittered(batch: Batch, strength: float) -> Batch:
     if not strength:
         return batch
     made = dict(batch)
-    first: dict[
-        str, str
-    ] = {}  # name by place in the plan: an example may have several targets, one after the other
-    for name in batch["ids"]:
-        first.setdefault(name.rpartition("@")[2], name)
+    # An example's targets have its place in the plan in common, and change as the first of them does.
+    places = [name.rpartition("@")[2] for name in batch["ids"]]
     factors = torch.stack(
-        [_factors(first[name.rpartition("@")[2]], strength) for name in batch["ids"]]
+        [_factors(batch["ids"][places.index(place)], strength) for place in places]
     )  # (R, 3)
     for name in PICTURES:
         if name in batch:
