@@ -115,6 +115,7 @@ def node(tmp_path_factory):
         shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_submitted_fit_is_made_by_the_cluster(node, tmp_path):
     capture = write_tiny_capture(tmp_path / "captures", "s00", timesteps=5, views=8)
     description = json.loads((capture / "capture.json").read_text())
@@ -136,6 +137,7 @@ def test_a_submitted_fit_is_made_by_the_cluster(node, tmp_path):
     assert load_avatar(folder).expression_length == 52
 
 
+@pytest.mark.slow
 def test_a_submitted_evaluation_is_made_by_the_cluster_and_seen_in_its_dashboard(node, tiny_shards, tmp_path):
     write_network(tmp_path / "runs" / "tiny" / "export", step=7)
     protocol = synthetic_heldout(open_shards(tiny_shards, "train"), views=1, timesteps=1, metrics=(PSNR,))

@@ -80,6 +80,7 @@ def test_what_a_store_made_twice_is_cleared(uri, checkpoint, tmp_path):  # noqa:
     assert parent.data.metrics["eval/psnr"] == 25.5
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_server_stopped_and_started_in_mid_run_misses_and_doubles_nothing(
     uri,  # noqa: F811

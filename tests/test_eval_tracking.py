@@ -156,6 +156,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped_and_started_misses_and_doubles_nothing(uri, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("eval.tracking.FLUSH_SECONDS", 0.1)
     monkeypatch.setattr("eval.tracking.FIRST_WAIT", 0.1)

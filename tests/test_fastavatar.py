@@ -567,6 +567,7 @@ def test_lpips_is_asked_for_before_the_first_step(monkeypatch, tmp_path):
         task_for(config).check_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_the_whole_way_on_the_command_line(shards, captures, tmp_path, capsys):
     """Both trainings under DeepSpeed on one rank, then people made, mixed and changed."""

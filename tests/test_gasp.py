@@ -398,6 +398,7 @@ def test_recipes_make_people_of_their_own():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_prior_is_trained_exported_and_fitted_by_commands(people, tmp_path, capfd):
     run = tmp_path / "runs" / "prior"

@@ -63,6 +63,7 @@ def slurm(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_preempted_slurm_job_writes_a_checkpoint_and_is_requeued(slurm, tiny_shards, tmp_path):
     run = tmp_path / "work" / "runs" / "avat3r-tiny"

@@ -59,6 +59,7 @@ def test_the_readme_opens_with_the_two_commands():
     assert COMMANDS[:2] == ["make demo", "make test"]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "make test"])  # this is `make test`
 def test_a_command_of_the_readme_runs(command, workspace):
@@ -109,6 +110,7 @@ def test_pictures_of_the_readme_are_there():
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_dashboard_serves_what_was_measured(workspace):
     # After the commands above: two methods in one experiment of the evaluation protocol.
     port = free_port(None)

@@ -36,6 +36,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_workers_on_ray_give_the_bytes_of_one_process(captures, packed, tmp_path):
     lines: list[str] = []
     made = pack_folders(captures, tmp_path / "x", workers=2, progress=lines.append, **OPTIONS)
@@ -58,6 +59,7 @@ def test_two_workers_on_ray_give_the_bytes_of_one_process(captures, packed, tmp_
         pack_folders(captures, tmp_path / "z", workers=0, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_pack_leaves_no_half_shard_and_goes_on(captures, packed, tmp_path, workers):
     out = tmp_path / "x"

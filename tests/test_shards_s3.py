@@ -104,6 +104,7 @@ def test_errors_of_the_store_are_tried_again(packed, url, faults, tmp_path, cach
     assert faults.answered == 3
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_recover_is_a_sentence(url, faults, tmp_path):
     faults.left = 10**6
     try:

@@ -139,6 +139,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path):
         export_checkpoint(run, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_sigterm_writes_a_checkpoint_and_is_no_error(tiny_shards, tmp_path):
     words = ["avat3r-tiny", "--data", str(tiny_shards), "--out", str(tmp_path), "--run", "r"]
@@ -170,6 +171,7 @@ def test_the_loss_trace_is_the_golden_one(straight):
     assert trace == pytest.approx(golden, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(straight, tiny_shards, tmp_path):
     run = tmp_path / "run"
@@ -183,6 +185,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(straight, tiny_shards, tmp_p
     assert losses(run) == losses(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_a_network_that_diverges_stops_the_run(straight, tiny_shards, tmp_path):
     run = tmp_path / "run"
@@ -211,6 +214,7 @@ def test_a_loss_that_is_not_finite_names_the_examples(monkeypatch):
         require_finite("loss", math.nan, math.nan, ["s00-t00001"], step=3)
 
 
+@pytest.mark.slow
 def test_no_space_keeps_the_older_checkpoint(straight, tiny_shards, tmp_path):
     if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=6m tmpfs {tmp_path} 2>/dev/null") != 0:
         pytest.skip("needs the right to mount a small file system")

@@ -27,6 +27,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 def test_each_trouble_ends_every_rank_with_its_name(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WATCHED.parent.parent)}
     subprocess.run([sys.executable, str(WATCHED), str(tmp_path)], env=environment, check=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train.checkpoint import latest
 from train.telemetry import losses
 
-pytestmark = [pytest.mark.e2e, pytest.mark.world_size(2)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.world_size(2)]
 
 GOLDEN = Path(__file__).parent / "golden" / "avat3r-cpu.json"
 STAGES = (0, 1, 2, 3)
