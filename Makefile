@@ -62,7 +62,7 @@ dashboard: setup ## the MLflow dashboard
 test: setup ## the tests of one machine, in minutes
 	$(BIN)/python -m pytest -m "not multihost and not slow" $(ARGS)
 
-test-all: setup ## those, several hosts in network namespaces, and what the pages in docs show
+test-all: setup ## those, the slow ones, several hosts in network namespaces, and what README and docs show
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device
