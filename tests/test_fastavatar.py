@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from avatars.cameras import Cameras
 from avatars.errors import UserError
 from avatars.fastavatar import (
     FastAvatar,
@@ -532,6 +533,55 @@ def test_an_encoder_looks_at_other_moments_and_not_at_backs_of_heads(shards, mon
     module.config = replace(module.config, degrees=1.0)
     with pytest.raises(UserError, match=r"within 1 degrees of straight ahead"):
         module(batch)
+
+
+def test_a_matte_shows_the_hair_that_black_hides(shards):
+    """Black hair over black: only the matte moves Gaussians, and to as much hair as it has."""
+    recipe = find_recipe("fastavatar-decoder-tiny")
+    batch = batch_of(shards, micro_batch=2, views=2)
+    batch["target_images"] = torch.zeros_like(batch["target_images"])
+    bald = batch["target_masks"]
+    covered: dict[str, float] = {}
+    gradients: dict[str, float] = {}
+    for name, weight, matte in (
+        ("no matte", 0.0, bald),
+        ("bald", 1.0, bald),
+        ("afro", 1.0, torch.nn.functional.max_pool2d(bald.flatten(0, 1), 9, 1, 4).view_as(bald)),
+    ):
+        torch.manual_seed(0)
+        model = replace(recipe.model, uv_resolution=24, people=4, matte_weight=weight, shape_weight=0.0)
+        task = task_for(replace(recipe, model=model))
+        task.check(Manifest.load(shards))
+        module = task.build()
+        with torch.no_grad():  # so black that it stays black
+            module.decoder.template["colors"].fill_(-9.0)
+        seen = batch | {"target_masks": matte}
+        loss, parts = module(seen)
+        loss.backward()
+        assert ("matte" in parts) == (weight > 0)
+        gradients[name] = float(module.decoder.template["offsets"].grad.abs().sum())
+        if weight:
+            trained(task, module, seen, 25)
+            with torch.no_grad():
+                covered[name] = alpha_of(module, seen)
+                assert abs(covered[name] - float(matte.mean())) < 0.05, name
+    assert gradients["no matte"] == 0
+    assert min(gradients["bald"], gradients["afro"]) > 0
+    assert covered["afro"] > covered["bald"] + 0.1
+
+
+def alpha_of(module, batch) -> float:
+    """Mean coverage of the batch's people in its pictures, before black."""
+    rows = [module.rows[name.split("/")[0]] for name in batch["ids"]]
+    made = module.decoder(module.people[rows])
+    size = tuple(batch["target_masks"].shape[-2:])
+    total = []
+    for person, expression in enumerate(batch["expression"]):
+        avatar = FastAvatar(made[person].local, batch["identity"][person], head="makehuman",
+                            uv_resolution=module.config.uv_resolution, expression_kind="arkit-52")  # fmt: skip
+        cameras = Cameras(batch["target_K"][person], batch["target_world_to_camera"][person])
+        total.append(render(avatar, expression, cameras, size).alpha.mean())
+    return float(torch.stack(total).mean())
 
 
 def counting(function, counts):

@@ -106,6 +106,8 @@ class FastAvatarDecoderConfig(FastAvatarConfig):
     """Weight of the mean square of w (ours): keeps people that are alike close."""
     shape_weight: float = 0.0
     """Weight of the squared error, in cm², of the head that w predicts against the tracked one (ours)."""
+    matte_weight: float = 0.0
+    """Weight of the mean absolute difference between what is covered and the true matte (ours)."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class FastAvatarEncoderConfig(FastAvatarConfig):
     """Learning rate of a given decoder as a share of the recipe's; 0 keeps it as it is, as the authors do."""
     shape_weight: float = 0.0
     """As the decoder's, for the w of every picture."""
+    matte_weight: float = 0.0
+    """As the decoder's, where pictures are compared."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,7 +65,12 @@ def fastavatar_decoder_cpu() -> TrainConfig:
         recipe="fastavatar-decoder-cpu",
         steps=3_000,
         model=FastAvatarDecoderConfig(
-            **vars(SMALL), latent_std=0.02, latent_rate=3.0, latent_decay=1e-3, shape_weight=0.1
+            **vars(SMALL),
+            latent_std=0.02,
+            latent_rate=3.0,
+            latent_decay=1e-3,
+            shape_weight=0.1,
+            matte_weight=2.0,
         ),
         optimizer=replace(COSINE, lr=2e-3),
         data=DataConfig(micro_batch=4, views=1),
@@ -123,6 +128,7 @@ def fastavatar_encoder_cpu() -> TrainConfig:
             picture_views=1,
             decoder_rate=0.3,
             shape_weight=1.0,
+            matte_weight=2.0,
         ),
         optimizer=replace(COSINE, lr=1e-3),
         data=DataConfig(micro_batch=12, views=4),

@@ -41,7 +41,11 @@ REMEMBERED = 200_000
 class Drawn(nn.Module):
     """What both trainings share: pictures of decoded people, and how far they are from the true ones."""
 
-    def __init__(self, config: FastAvatarConfig, loss: LossConfig, decoder: Decoder) -> None:
+    config: FastAvatarDecoderConfig | FastAvatarEncoderConfig
+
+    def __init__(
+        self, config: FastAvatarDecoderConfig | FastAvatarEncoderConfig, loss: LossConfig, decoder: Decoder
+    ) -> None:
         super().__init__()
         self.config, self.loss, self.decoder = config, PictureLoss(loss), decoder
 
@@ -53,13 +57,21 @@ class Drawn(nn.Module):
         seats = seats_of(head, self.config.uv_resolution).to(identity.device)
         posed = seats.posed(head.vertices(identity, batch["expression"]))
         targets = batch["target_images"]  # (B, v, 3, H, W)
-        pictures = []
+        pictures, alphas = [], []
         for person in range(len(targets)):
             gaussians = place(made[person].local, *(values[person] for values in posed))
             cameras = Cameras(batch["target_K"][person], batch["target_world_to_camera"][person])
-            pictures.append(rasterize(gaussians, cameras, targets.shape[-2:]).image)
+            rendering = rasterize(gaussians, cameras, targets.shape[-2:])
+            pictures.append(rendering.image)
+            alphas.append(rendering.alpha)
         predictions, wanted = torch.cat(pictures), targets.flatten(0, 1)
-        return self.loss(predictions, wanted, batch["progress"])
+        loss, parts = self.loss(predictions, wanted, batch["progress"])
+        if self.config.matte_weight:
+            # Over black, dark hair that is not drawn costs a picture next to nothing; its matte sees it.
+            matte = (torch.cat(alphas) - batch["target_masks"].flatten(0, 1)).abs().mean()
+            loss = loss + self.config.matte_weight * matte
+            parts["matte"] = matte.detach()
+        return loss, parts
 
     def shape_loss(self, predicted: Tensor, tracked: Tensor) -> Tensor:
         """Mean squared distance in cm² of the vertices of two heads, by their codes (B, I)."""
@@ -163,7 +175,7 @@ class EncoderWithLoss(Drawn):
                 key: value[found] if isinstance(value, Tensor) and value.ndim else value
                 for key, value in batch.items()
             }
-            for key in ("target_images", "target_K", "target_world_to_camera"):
+            for key in ("target_images", "target_masks", "target_K", "target_world_to_camera"):
                 # The last ones: the first is what the person was most likely decoded from.
                 some[key] = some[key][:, -config.picture_views :]
             drawn, told = self.picture_losses(made, made.identity, some)
