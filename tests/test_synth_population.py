@@ -16,7 +16,9 @@ from shards.synth import synthesize
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = {"subjects": 3, "timesteps": 3, "views": 3, "size": 32, "seed": 11}
+# Many small pictures: a person takes longer than what lies between two looks at progress.
+SETTINGS = {"subjects": 3, "timesteps": 6, "views": 8, "size": 32, "seed": 11}
+PICTURES = 3 * 6 * 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,8 +55,8 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_those_of_one_process(alon
     )
     assert killed[1:] == ["retried"]
     assert [bytes_of(folder) for folder in folders] == alone
-    assert counts[-1] == (27, 27)
-    assert all(total == 27 for _, total in counts)
+    assert counts[-1] == (PICTURES, PICTURES)
+    assert all(total == PICTURES for _, total in counts)
     before = [(folder / "capture.json").stat().st_mtime_ns for folder in folders]
     again = []
     synthesize_population(
