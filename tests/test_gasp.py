@@ -597,6 +597,23 @@ def test_pictures_that_would_spoil_a_fit_are_refused(prior_folder, pictures, hea
             fit_config(prior_folder).build(wrong, head=head)
 
 
+@pytest.mark.parametrize("degrees", [80.0, -80.0])
+def test_the_furthest_input_picture_of_shards_is_fitted(prior_folder, pictures, head, degrees):
+    aside = cameras_around([degrees], SHAPE.size)
+    everywhere = torch.ones_like(pictures.masks[:1])
+    one = replace(
+        pictures,
+        images=pictures.images[:1],
+        masks=everywhere,
+        cameras=aside,
+        expressions=pictures.expressions[:1],
+    )
+    fit_config(prior_folder).build(one, head=head)
+    behind = replace(one, cameras=cameras_around([degrees * 100 / 80], SHAPE.size))
+    with pytest.raises(UserError, match="in none of the 1 pictures"):
+        fit_config(prior_folder).build(behind, head=head)
+
+
 def test_lpips_that_is_not_here_is_told(prior_folder, pictures, head, monkeypatch):
     monkeypatch.setattr("train.fits.gasp.load_lpips", lambda: (None, "there are no weights."))
     config = fit_config(prior_folder)

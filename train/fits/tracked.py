@@ -16,8 +16,9 @@ MOST_LOOKED_AT = 64
 """Pictures that are looked at; evenly spread where there are more."""
 INNER_FACE = slice(17, 68)
 """Landmarks inside the face: brows, nose, eyes, mouth. Those of the jaw lie on the edge of a mask."""
-FACING = 0.25
-"""Least cosine between the way to the camera and the way out of the face; beyond 75 degrees a face is a rim."""
+FACING = 0.05
+"""Least cosine between the way to the camera and the way out of the face: 87 degrees. An input picture from 80 degrees
+off the middle of the head, the furthest that shards have by default, is 85 degrees off the face."""
 ON_MASK = 0.75
 """Share of a face's landmarks that must fall on the mask."""
 
