@@ -597,19 +597,17 @@ def test_pictures_that_would_spoil_a_fit_are_refused(prior_folder, pictures, hea
             fit_config(prior_folder).build(wrong, head=head)
 
 
-@pytest.mark.parametrize("degrees", [80.0, -80.0])
-def test_the_furthest_input_picture_of_shards_is_fitted(prior_folder, pictures, head, degrees):
-    aside = cameras_around([degrees], SHAPE.size)
-    everywhere = torch.ones_like(pictures.masks[:1])
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_furthest_input_picture_of_shards_is_fitted(prior_folder, pictures, head, side):
     one = replace(
         pictures,
         images=pictures.images[:1],
-        masks=everywhere,
-        cameras=aside,
+        masks=torch.ones_like(pictures.masks[:1]),
+        cameras=cameras_around([side * 80.0], SHAPE.size),
         expressions=pictures.expressions[:1],
     )
     fit_config(prior_folder).build(one, head=head)
-    behind = replace(one, cameras=cameras_around([degrees * 100 / 80], SHAPE.size))
+    behind = replace(one, cameras=cameras_around([side * 100.0], SHAPE.size))
     with pytest.raises(UserError, match="in none of the 1 pictures"):
         fit_config(prior_folder).build(behind, head=head)
 
